@@ -1,0 +1,66 @@
+"""A loaded GGUF model: weights and vocabulary, shared by the contexts made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgellm.backend.library import lib, take_errors
+from edgellm.backend.vocab import Vocab
+from edgellm.errors import AdapterError, ModelLoadError
+
+
+class Model:
+    """Owns a `llama_model`. Close contexts and adapters before it."""
+
+    def __init__(self, path: Path) -> None:
+        """Maps the file and prepares the weights. Raises ModelLoadError with llama.cpp's own words."""
+        low = lib()
+        take_errors()
+        self._handle: Any = low.llama_model_load_from_file(str(path).encode(), low.llama_model_default_params())
+        if not self._handle:
+            raise ModelLoadError(f"llama.cpp could not load {path.name}: {take_errors() or 'no reason given'}")
+        self.path = path
+        self.vocab = Vocab(self._handle)
+        self.trained_context_tokens: int = low.llama_model_n_ctx_train(self._handle)
+        self.embedding_width: int = low.llama_model_n_embd(self._handle)
+        self.has_encoder: bool = low.llama_model_has_encoder(self._handle)
+        self.has_decoder: bool = low.llama_model_has_decoder(self._handle)
+        # Recurrent state cannot be cut back to an earlier position: no partial prefix reuse, no drafting.
+        self.can_roll_back: bool = not (
+            low.llama_model_is_recurrent(self._handle) or low.llama_model_is_hybrid(self._handle)
+        )
+
+    @property
+    def handle(self) -> Any:
+        """The `llama_model *`."""
+        return self._handle
+
+    def close(self) -> None:
+        """Frees the model. Idempotent."""
+        if self._handle:
+            lib().llama_model_free(self._handle)
+            self._handle = None
+
+
+class Adapter:
+    """A LoRA adapter (GGUF) loaded for one model."""
+
+    def __init__(self, model: Model, path: Path) -> None:
+        """Raises AdapterError when the file does not fit the model."""
+        take_errors()
+        self._handle: Any = lib().llama_adapter_lora_init(model.handle, str(path).encode())
+        if not self._handle:
+            raise AdapterError(f"adapter {path.name} does not fit the model: {take_errors() or 'no reason given'}")
+        self.path = path
+
+    @property
+    def handle(self) -> Any:
+        """The `llama_adapter_lora *`."""
+        return self._handle
+
+    def close(self) -> None:
+        """Frees the adapter; no context may be using it. Idempotent."""
+        if self._handle:
+            lib().llama_adapter_lora_free(self._handle)
+            self._handle = None

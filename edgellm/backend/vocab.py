@@ -1,0 +1,87 @@
+"""A model's vocabulary: text to token ids and back. Immutable, so any thread may use it while the model is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from edgellm.backend.library import lib
+from edgellm.errors import BackendError
+
+
+class Vocab:
+    """Wraps `llama_vocab`. Valid while its Model is open."""
+
+    def __init__(self, model_handle: Any) -> None:
+        low = lib()
+        self._handle = low.llama_model_get_vocab(model_handle)
+        self.n_tokens: int = low.llama_vocab_n_tokens(self._handle)
+        self.bos: int = low.llama_vocab_bos(self._handle)
+        self.eos: int = low.llama_vocab_eos(self._handle)
+        self.eot: int = low.llama_vocab_eot(self._handle)
+        self.adds_bos: bool = bool(low.llama_vocab_get_add_bos(self._handle))
+        self.fim_prefix: int = low.llama_vocab_fim_pre(self._handle)
+        self.fim_suffix: int = low.llama_vocab_fim_suf(self._handle)
+        self.fim_middle: int = low.llama_vocab_fim_mid(self._handle)
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def handle(self) -> Any:
+        """The `llama_vocab *`, for the sampler."""
+        return self._handle
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special` adds what the model wants at the ends (BOS); `parse_special` reads `<|im_start|>` and the like as
+        tokens instead of text.
+        """
+        data = text.encode("utf-8", "surrogatepass")
+        size = len(data) + 8
+        buffer = (ctypes.c_int32 * size)()
+        low = lib()
+        count = low.llama_tokenize(self._handle, data, len(data), buffer, size, add_special, parse_special)
+        if count < 0:  # more tokens than bytes: some vocabularies add a prefix
+            size = -count
+            buffer = (ctypes.c_int32 * size)()
+            count = low.llama_tokenize(self._handle, data, len(data), buffer, size, add_special, parse_special)
+        if count < 0:
+            raise BackendError("llama.cpp could not tokenise the text")
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes `token` stands for; control tokens such as `<|im_end|>` give none."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._read_piece(token, special=False)
+        return found
+
+    def special_piece(self, token: int) -> str:
+        """The text of any token, control tokens included: what a chat template calls bos_token or eos_token."""
+        return self._read_piece(token, special=True).decode("utf-8", "replace") if 0 <= token < self.n_tokens else ""
+
+    def _read_piece(self, token: int, *, special: bool) -> bytes:
+        size = 64
+        low = lib()
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = low.llama_token_to_piece(self._handle, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends a generation (EOS, EOT and their like)."""
+        return bool(lib().llama_vocab_is_eog(self._handle, token))
+
+    @functools.cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """All end-of-generation tokens."""
+        low, handle = lib(), self._handle
+        return frozenset(token for token in range(self.n_tokens) if low.llama_vocab_is_eog(handle, token))
+
+    @functools.cached_property
+    def longest_piece_bytes(self) -> int:
+        """Most bytes that one token stands for, so that n bytes of text are at least n / longest tokens."""
+        return max(len(self._read_piece(token, special=True)) for token in range(self.n_tokens))

@@ -1,0 +1,170 @@
+"""Settings: one frozen, validated object, and the only place where a default stands.
+
+Order of precedence: command line (keyword arguments here), environment (`EDGELLM_*`), `config.toml` in the state
+directory, then the default written below. Unknown keys are refused, in the file as on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from edgellm.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_DURATIONS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def home_dir() -> Path:
+    """The directory that holds all state on disk: models, adapters, files, jobs. `EDGELLM_HOME` moves it."""
+    moved = os.environ.get("EDGELLM_HOME")
+    return Path(moved).expanduser() if moved else Path(platformdirs.user_data_dir("edgellm"))
+
+
+def parse_bytes(value: Any) -> Any:
+    """`"4GiB"`, `"500MB"`, `"1024"` or an int, in bytes. Other types pass through to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", value.lower())
+    if not match:
+        raise ValueError(f"not a size: {value!r} (write 4GiB, 500MB or a number of bytes)")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_seconds(value: Any) -> Any:
+    """`"5m"`, `"90s"`, `"1h"`, `"300"` or a number, in seconds; `"never"` is infinite."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in {"never", "inf", "-1"}:
+        return float("inf")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])?\s*", value.lower())
+    if not match:
+        raise ValueError(f"not a duration: {value!r} (write 30s, 5m, 1h or never)")
+    return float(match[1]) * _DURATIONS[match[2] or ""]
+
+
+def _split_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
+
+
+class Settings(BaseSettings):
+    """Everything `edgellm serve` can be told. Field descriptions are the `--help` text."""
+
+    model_config = SettingsConfigDict(env_prefix="EDGELLM_", extra="forbid", frozen=True)
+
+    # What is served
+    model: TextList = Field(
+        (),
+        description="Model to serve: a GGUF path or a pulled model's name; may be repeated. "
+        "The first is the default model. "
+        "None: the bundled SmolLM2-135M-Instruct.",
+    )
+    adapter: TextList = Field((), description="LoRA adapter to load at start, as NAME=PATH; may be repeated.")
+    keep_alive_s: Seconds = Field(
+        300.0, ge=0, description="Unload a model idle for this long (30s, 5m, never). The default model stays."
+    )
+    memory_budget_bytes: Bytes | None = Field(
+        None,
+        gt=0,
+        description="Most memory that loaded models may need together (4GiB). "
+        "Default: 80 % of the memory available at start.",
+    )
+
+    # The engine
+    context_tokens: int | None = Field(
+        None,
+        ge=64,
+        le=1 << 22,
+        description="KV cache cells a model gets, shared by all its requests. "
+        "Default: the model's own context, at most 8192.",
+    )
+    parallel: int = Field(
+        8, ge=1, le=128, description="Sequences a model answers at the same time; more wait in the queue."
+    )
+    prompt_chunk_tokens: int = Field(
+        256,
+        ge=16,
+        le=8192,
+        description="Most prompt tokens read in one step while other answers are running, "
+        "so that their streams keep moving.",
+    )
+    threads: int | None = Field(
+        None, ge=1, le=512, description="Threads that compute. Default: the physical cores this process may use."
+    )
+    flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention: auto, on or off.")
+    queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
+
+    # HTTP
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key_file: Path | None = Field(
+        None, description="File with one API key a line; requests must then carry one as a Bearer token."
+    )
+    allowed_host: TextList = Field(
+        (),
+        description="Further Host header to accept (DNS rebinding guard); may be repeated. "
+        "Loopback names and --host are always accepted; * accepts all.",
+    )
+    cors_origin: TextList = Field(
+        (), description="Origin that browsers may call from; may be repeated. None: CORS stays off."
+    )
+    max_body_bytes: Bytes = Field(8 << 20, ge=1024, description="Largest request body accepted.")
+    request_timeout_s: Seconds = Field(
+        600.0,
+        gt=0,
+        description="Longest that one request may take (30s, 10m, never); a request's own timeout may be shorter.",
+    )
+    grace_seconds: Seconds = Field(
+        10.0, ge=0, description="After SIGTERM, how long running answers may take to finish."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+
+    @model_validator(mode="after")
+    def _listening_wide_needs_hosts(self) -> Settings:
+        for spec in self.adapter:
+            if "=" not in spec:
+                raise ValueError(f"adapter {spec!r}: write NAME=PATH")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, home_dir() / "config.toml")
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from all sources; `overrides` that are None count as not given.
+
+    Raises ConfigError with one line for each faulty setting.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()]
+        raise ConfigError("; ".join(lines)) from None
+    except ValueError as error:  # config.toml is not TOML
+        raise ConfigError(f"config.toml: {error}") from None

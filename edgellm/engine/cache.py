@@ -1,0 +1,182 @@
+"""The prefix cache: what each sequence id holds, live or idle, and which of it a new prompt can continue from.
+
+Policy only. The cache acts through a `Memory` (in production a `backend.Context`), so it is tested without a model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edgellm.engine.cells import CellLedger
+from edgellm.engine.types import AdapterUse
+
+AdapterSet = tuple[AdapterUse, ...]
+
+_COMPARE_BLOCK = 256
+
+
+class Memory(Protocol):
+    """The part of a context that moves cached positions."""
+
+    def remove(self, sequence: int, start: int = 0, end: int = -1) -> bool: ...
+
+    def copy(self, source: int, target: int, end: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One sequence id and the tokens whose keys and values it holds."""
+
+    sequence: int
+    adapters: AdapterSet
+    tokens: list[int] = field(default_factory=list)
+    cells: list[int] = field(default_factory=list)  # parallel to tokens
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the longest common prefix. Compares slices, which is done in C, then the block that differs."""
+    limit = min(len(left), len(right))
+    start = 0
+    while start < limit and left[start : start + _COMPARE_BLOCK] == right[start : start + _COMPARE_BLOCK]:
+        start += _COMPARE_BLOCK
+    start = min(start, limit)
+    while start < limit and left[start] == right[start]:
+        start += 1
+    return start
+
+
+class PrefixCache:
+    """Hands out sequence ids, remembers finished sequences, and evicts the least recently used when cells run short.
+
+    `idle_cells` bounds what finished sequences may keep: attention scans every cell up to the highest one in use, so
+    remembering more costs every running sequence time.
+    """
+
+    def __init__(
+        self, memory: Memory, capacity: int, *, sequences: int, idle_cells: int, can_roll_back: bool = True
+    ) -> None:
+        self._memory = memory
+        self._can_roll_back = can_roll_back
+        self._idle_cells = idle_cells
+        self._free_ids = list(range(sequences - 1, -1, -1))
+        self._live: dict[int, Entry] = {}
+        self._idle: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+        self.ledger = CellLedger(capacity)
+        self.hit_tokens = 0
+        self.looked_up_tokens = 0
+
+    @property
+    def evictable(self) -> int:
+        """Cells that evicting every idle entry would free, at least."""
+        live = {cell for entry in self._live.values() for cell in entry.cells} if self._idle else set()
+        return len({cell for entry in self._idle.values() for cell in entry.cells} - live)
+
+    @property
+    def idle_entries(self) -> int:
+        """Finished sequences that are remembered."""
+        return len(self._idle)
+
+    def acquire(self, tokens: Sequence[int], adapters: AdapterSet) -> Entry:
+        """An entry for a sequence that will compute `tokens`, holding the longest cached prefix of it.
+
+        At least one token is left to compute, for its logits.
+        """
+        usable = list(tokens[:-1])
+        source, length = self._longest(usable, adapters)
+        self.looked_up_tokens += len(tokens)
+        self.hit_tokens += length
+        if source is not None and length == len(source.tokens) and source.sequence in self._idle:
+            entry = self._idle.pop(source.sequence)  # continued where it ended: no copy needed
+        else:
+            entry = Entry(self._take_id(keep=source), adapters)
+            if source is not None and length:
+                self._share(source, entry, length)
+        self._live[entry.sequence] = entry
+        return entry
+
+    def fork(self, source: Entry) -> Entry:
+        """A new live entry that shares all of `source`: for the further answers to one prompt."""
+        entry = Entry(self._take_id(keep=source), source.adapters)
+        self._share(source, entry, len(source.tokens))
+        self._live[entry.sequence] = entry
+        return entry
+
+    def reserve(self, count: int) -> bool:
+        """Makes `count` cells free, evicting idle entries as needed. False if even that is not enough."""
+        while self.ledger.free < count and self._idle:
+            self._evict_oldest()
+        return self.ledger.free >= count
+
+    def append(self, entry: Entry, tokens: Sequence[int]) -> None:
+        """Records that `tokens` are about to be computed for `entry`; `reserve` first."""
+        entry.cells += self.ledger.allocate(len(tokens))
+        entry.tokens += tokens
+
+    def truncate(self, entry: Entry, length: int) -> None:
+        """Drops the positions of `entry` from `length` on: rejected drafts. Only where the model can roll back."""
+        if length < len(entry.tokens):
+            self._memory.remove(entry.sequence, length, -1)
+            self.ledger.release(entry.cells[length:])
+            del entry.cells[length:], entry.tokens[length:]
+
+    def retire(self, entry: Entry) -> None:
+        """The sequence is over; what it holds stays for later prompts while there is room."""
+        del self._live[entry.sequence]
+        if not entry.tokens:
+            self._forget(entry)
+            return
+        self._idle[entry.sequence] = entry
+        while len(self._idle) > 1 and sum(len(idle.cells) for idle in self._idle.values()) > self._idle_cells:
+            self._evict_oldest()
+
+    def discard(self, entry: Entry) -> None:
+        """The sequence leaves and frees its cells at once: preemption, failure, or a withdrawn adapter."""
+        self._live.pop(entry.sequence, None)
+        self._idle.pop(entry.sequence, None)
+        self._forget(entry)
+
+    def drop_adapter(self, name: str) -> None:
+        """Forgets idle entries made with the adapter `name`: the name may come to mean another file."""
+        for entry in [e for e in self._idle.values() if any(use.name == name for use in e.adapters)]:
+            self.discard(entry)
+
+    def _longest(self, tokens: list[int], adapters: AdapterSet) -> tuple[Entry | None, int]:
+        best: Entry | None = None
+        best_length = 0
+        for entry in (*self._live.values(), *self._idle.values()):
+            if entry.adapters != adapters:
+                continue
+            length = common_prefix(entry.tokens, tokens)
+            if not self._can_roll_back and (length < len(entry.tokens) or entry.sequence in self._live):
+                continue  # a recurrent state can only be continued from its end, and belongs to one sequence
+            if length > best_length or (length == best_length and best is not None and length == len(entry.tokens)):
+                best, best_length = entry, length
+        return best, best_length
+
+    def _share(self, source: Entry, target: Entry, length: int) -> None:
+        self._memory.copy(source.sequence, target.sequence, length)
+        target.tokens = source.tokens[:length]
+        target.cells = source.cells[:length]
+        self.ledger.share(target.cells)
+        if source.sequence in self._idle:
+            self._idle.move_to_end(source.sequence)
+
+    def _take_id(self, keep: Entry | None) -> int:
+        if not self._free_ids:
+            oldest = next(entry for entry in self._idle.values() if entry is not keep)
+            self.discard(oldest)
+        return self._free_ids.pop()
+
+    def _evict_oldest(self) -> None:
+        _, entry = self._idle.popitem(last=False)
+        self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        self._memory.remove(entry.sequence, 0, -1)
+        self.ledger.release(entry.cells)
+        entry.cells.clear()
+        entry.tokens.clear()
+        self._free_ids.append(entry.sequence)

@@ -1,0 +1,157 @@
+"""The engine thread: the one owner of every llama object.
+
+Other threads talk to it by a queue (`call`, `submit`, `cancel`) and hear back by callbacks. Loaded models take turns,
+a step each.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from edgellm.engine.embedder import Embedder, EmbeddingJob
+from edgellm.engine.runner import Runner
+from edgellm.engine.sequence import Job
+from edgellm.engine.types import ErrorEvent, EventSink, GenerateRequest
+from edgellm.errors import BackendError, ShuttingDownError
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+Worker = Runner | Embedder
+
+
+class Ticket:
+    """A submitted request. `cancel` may be called from any thread, at any time, more than once."""
+
+    def __init__(self, engine: Engine, runner: Runner) -> None:
+        self._engine = engine
+        self._runner = runner
+        self._job: Job | None = None  # known once the engine thread has taken it
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """The answer is no longer wanted: its sequences leave before the next step, and its sink hears nothing more."""
+        self._cancelled = True
+        self._engine.post(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._job is not None and not self._job.cancelled:
+            self._runner.cancel(self._job)
+
+    def _start(self, request: GenerateRequest, sink: EventSink) -> None:
+        if not self._cancelled:
+            self._job = self._runner.submit(request, sink)
+
+
+class Engine:
+    """Runs workers until closed. Create one for a process."""
+
+    def __init__(self) -> None:
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._workers: list[Worker] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="edgellm-engine", daemon=True)
+        self._thread.start()
+
+    # --- from any thread ------------------------------------------------------------------------------------------
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the engine thread, before its next step."""
+        self._inbox.put(action)
+
+    def call(self, function: Callable[[], _T]) -> Future[_T]:
+        """Runs `function` on the engine thread; its result or exception arrives in the future."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future
+
+    def submit(self, runner: Runner, request: GenerateRequest, sink: EventSink) -> Ticket:
+        """Starts a request on `runner`; events go to `sink` on the engine thread."""
+        ticket = Ticket(self, runner)
+        if self._closing:
+            sink([ErrorEvent(ShuttingDownError("The server is shutting down"))])
+            return ticket
+        self.post(lambda: ticket._start(request, sink))
+        return ticket
+
+    def embed(self, embedder: Embedder, job: EmbeddingJob) -> None:
+        """Starts an embedding job."""
+        self.post(lambda: embedder.submit(job))
+
+    def add(self, worker: Worker) -> None:
+        """Lets `worker` take its turns."""
+        self.call(lambda: self._workers.append(worker)).result()
+
+    def remove(self, worker: Worker) -> None:
+        """Ends what `worker` is doing with an error, takes it out and closes it. Waits for that."""
+
+        def leave() -> None:
+            if worker in self._workers:
+                self._workers.remove(worker)
+            worker.fail_all(ShuttingDownError("The model was unloaded"))
+            worker.close()
+
+        self.call(leave).result()
+
+    def close(self) -> None:
+        """Ends every request, closes every worker and stops the thread. Idempotent."""
+        if not self._closing:
+            self._closing = True
+            self.post(lambda: None)
+        self._thread.join()
+
+    # --- on the engine thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._take_messages()
+            for worker in tuple(self._workers):
+                if worker.has_work:
+                    self._step(worker)
+        self._drain()
+        for worker in self._workers:
+            worker.fail_all(ShuttingDownError("The server is shutting down"))
+            worker.close()
+        self._workers.clear()
+
+    def _take_messages(self) -> None:
+        """All that wait; when there is nothing else to do, waits for one."""
+        if not any(worker.has_work for worker in self._workers):
+            self._handle(self._inbox.get())
+        self._drain()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._handle(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    @staticmethod
+    def _handle(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            _log.exception("a message to the engine failed")
+
+    def _step(self, worker: Worker) -> None:
+        try:
+            worker.step()
+        except Exception:
+            # A bug must not silence the thread that everybody waits for.
+            _log.exception("a step failed unexpectedly")
+            worker.fail_all(BackendError("internal error in the engine"))

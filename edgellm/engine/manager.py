@@ -1,0 +1,301 @@
+"""Which models are in memory: loaded on first use, kept while used, unloaded when idle, within a memory budget.
+
+Thread-safe. Loading takes place in the caller's thread, so that the models already running keep their pace.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm.backend.model import Adapter
+from edgellm.config import Settings
+from edgellm.engine.embedder import Embedder
+from edgellm.engine.engine import Engine
+from edgellm.engine.loaded import LoadedModel, load_embedder, load_runner, memory_for
+from edgellm.engine.types import AdapterUse
+from edgellm.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    ModelNotFoundError,
+    ModelTooLargeError,
+    ModelUnsupportedError,
+    OverloadedError,
+    ShuttingDownError,
+)
+from edgellm.models.describe import ModelInfo, describe
+from edgellm.models.memory import available_memory_bytes
+from edgellm.models.store import ModelStore, StoredModel
+
+_log = logging.getLogger(__name__)
+_BUDGET_SHARE = 0.8
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """An adapter that requests may name."""
+
+    name: str
+    model: str
+    path: Path
+    created: int  # Unix seconds
+
+
+class ModelManager:
+    """The models this process serves: those named in the settings and those in the store."""
+
+    def __init__(self, settings: Settings, store: ModelStore, engine: Engine, default_model: str) -> None:
+        """`default_model` is used when the settings name no model. Raises ModelNotFoundError."""
+        self._settings = settings
+        self._store = store
+        self._engine = engine
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._loaded: dict[str, LoadedModel] = {}
+        self._loading: dict[str, threading.Event] = {}
+        self._reserved: dict[str, int] = {}  # bytes of models being loaded
+        self._adapters: dict[str, AdapterRecord] = {}
+        self._closing = False
+        self._configured = {m.name: m for m in (store.find(name) for name in settings.model or (default_model,))}
+        self.default = next(iter(self._configured))
+        self.budget_bytes = settings.memory_budget_bytes or int(available_memory_bytes() * _BUDGET_SHARE)
+        self._reaper = threading.Thread(target=self._reap, name="edgellm-reaper", daemon=True)
+        self._reaper.start()
+
+    # --- names ----------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[StoredModel]:
+        """Every model that can be asked for, the default first."""
+        stored = {model.name: model for model in self._store.list()}
+        return list((self._configured | {n: m for n, m in stored.items() if n not in self._configured}).values())
+
+    def adapters(self) -> list[AdapterRecord]:
+        """Every adapter that requests may name."""
+        with self._lock:
+            return list(self._adapters.values())
+
+    def resolve(self, name: str | None) -> tuple[StoredModel, tuple[AdapterUse, ...]]:
+        """The model meant by a request's `model`: a model's name, or an adapter's, which stands for its base with it.
+
+        Never a path: clients choose among what is served. Raises ModelNotFoundError.
+        """
+        if not name:
+            return self._configured[self.default], ()
+        with self._lock:
+            record = self._adapters.get(name)
+        if record is not None:
+            return self.resolve(record.model)[0], (AdapterUse(record.name),)
+        for model in self.models():
+            if model.name.lower() == name.lower():
+                return model, ()
+        raise ModelNotFoundError(f"The model '{name}' does not exist. GET /v1/models lists those that do.")
+
+    # --- use ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, model: StoredModel) -> Iterator[LoadedModel]:
+        """The model, loaded now if need be, and kept in memory until the block ends."""
+        loaded = self.acquire(model)
+        try:
+            yield loaded
+        finally:
+            self.release(loaded)
+
+    def acquire_loaded(self, name: str) -> LoadedModel | None:
+        """A lease if the model is in memory already; never waits long. Pair with `release`."""
+        with self._lock:
+            loaded = self._loaded.get(name)
+            if loaded is None:
+                return None
+            return self._lease(loaded)
+
+    def acquire(self, model: StoredModel) -> LoadedModel:
+        """A lease on the model; loads it first if need be, which takes a while. Pair with `release`.
+
+        Raises ModelNotFoundError if its file is gone, InvalidModelFileError, ModelLoadError, ModelTooLargeError,
+        OverloadedError when the queue is full or the memory is taken by models in use, ShuttingDownError.
+        """
+        while True:
+            with self._lock:
+                if self._closing:
+                    raise ShuttingDownError("The server is shutting down")
+                loaded = self._loaded.get(model.name)
+                if loaded is not None:
+                    return self._lease(loaded)
+                waiting_for = self._loading.get(model.name)
+                if waiting_for is None:
+                    self._loading[model.name] = threading.Event()
+                    break
+            waiting_for.wait()
+        try:
+            loaded = self._load(model)
+            with self._lock:
+                self._loaded[model.name] = loaded
+                return self._lease(loaded)
+        finally:
+            with self._lock:
+                self._reserved.pop(model.name, None)
+                self._loading.pop(model.name).set()
+
+    def release(self, loaded: LoadedModel) -> None:
+        """Ends a lease."""
+        with self._lock:
+            loaded.leases -= 1
+            loaded.last_used_s = time.monotonic()
+            self._changed.notify_all()
+
+    def embedder(self, loaded: LoadedModel) -> Embedder:
+        """The embedding context of a leased model, made on first use."""
+        if loaded.embedder is None:
+
+            def make() -> Embedder:
+                if loaded.embedder is None:
+                    loaded.embedder = load_embedder(loaded)
+                return loaded.embedder
+
+            self._engine.add(self._engine.call(make).result())
+        return loaded.embedder  # type: ignore[return-value]
+
+    def _lease(self, loaded: LoadedModel) -> LoadedModel:
+        limit = self._settings.parallel + self._settings.queue_limit
+        if loaded.leases >= limit:
+            raise OverloadedError(f"The queue is full: {loaded.leases} requests are running or waiting")
+        loaded.leases += 1
+        return loaded
+
+    # --- loading and unloading ------------------------------------------------------------------------------------
+
+    def _load(self, model: StoredModel) -> LoadedModel:
+        if not model.path.is_file():
+            raise ModelNotFoundError(f"The file of the model '{model.name}' is gone: {model.path.name}")
+        started = time.monotonic()
+        info = describe(model.path)
+        if info.is_adapter:
+            raise ModelUnsupportedError(f"'{model.name}' is a LoRA adapter, not a model")
+        needed = memory_for(info, self._settings).total_bytes
+        self._make_room(model.name, needed)
+        runner = load_runner(info, self._settings)
+        loaded = LoadedModel(model.name, info, runner, needed, self._settings)
+        self._engine.add(runner)
+        with self._lock:
+            records = [record for record in self._adapters.values() if record.model == model.name]
+        for record in records:
+            self._attach(loaded, record)
+        _log.info("loaded %s in %.1f s (%d MiB planned)", model.name, time.monotonic() - started, needed // _MIB)
+        return loaded
+
+    def _make_room(self, name: str, needed: int) -> None:
+        """Reserves memory, unloading idle models, least recently used first."""
+        while True:
+            with self._lock:
+                in_use = sum(m.needed_bytes for m in self._loaded.values()) + sum(self._reserved.values())
+                if needed > self.budget_bytes:
+                    raise ModelTooLargeError(
+                        f"The model '{name}' needs {needed // _MIB} MiB, but the memory budget is "
+                        f"{self.budget_bytes // _MIB} MiB. A smaller --context-tokens, or a larger "
+                        "--memory-budget-bytes, may help.",
+                        needed_bytes=needed,
+                        budget_bytes=self.budget_bytes,
+                        in_use_bytes=in_use,
+                    )
+                if in_use + needed <= self.budget_bytes:
+                    self._reserved[name] = needed
+                    return
+                idle = sorted((m for m in self._loaded.values() if not m.leases), key=lambda m: m.last_used_s)
+                if not idle:
+                    raise OverloadedError(
+                        f"The model '{name}' needs {needed // _MIB} MiB, but models in use take {in_use // _MIB} of "
+                        f"{self.budget_bytes // _MIB} MiB",
+                        retry_after_s=5,
+                    )
+                victim = self._loaded.pop(idle[0].name)
+            self._close(victim)
+
+    def _close(self, loaded: LoadedModel) -> None:
+        if loaded.embedder is not None:
+            self._engine.remove(loaded.embedder)
+        self._engine.remove(loaded.runner)
+        _log.info("unloaded %s", loaded.name)
+
+    def _reap(self) -> None:
+        """Unloads models that have been idle for `keep_alive_s`; the default model stays."""
+        keep = self._settings.keep_alive_s
+        while True:
+            with self._lock:
+                if self._closing:
+                    return
+                now = time.monotonic()
+                idle = [m for m in self._loaded.values() if not m.leases and m.name != self.default]
+                due = [m for m in idle if now - m.last_used_s >= keep]
+                for model in due:
+                    del self._loaded[model.name]
+                if not due:
+                    waits = [keep - (now - m.last_used_s) for m in idle]
+                    wait = min(waits, default=float("inf"))
+                    self._changed.wait(None if wait == float("inf") else max(wait, 0.01))
+            for model in due:
+                self._close(model)
+
+    def loaded(self) -> list[LoadedModel]:
+        """The models in memory; for metrics."""
+        with self._lock:
+            return list(self._loaded.values())
+
+    def close(self) -> None:
+        """No model is handed out any more. The engine closes those that are loaded."""
+        with self._lock:
+            self._closing = True
+            self._changed.notify_all()
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: Path, model_name: str | None = None) -> AdapterRecord:
+        """Makes the LoRA adapter at `path` available as `name` for a model (default: the default model).
+
+        Raises AdapterError, InvalidModelFileError, ModelNotFoundError.
+        """
+        model, _ = self.resolve(model_name)
+        if any(name.lower() == known.name.lower() for known in self.models()):
+            raise AdapterError(f"'{name}' is the name of a model")
+        if not path.is_file():
+            raise AdapterError(f"There is no adapter file at {path}")
+        self._check_base(describe(path), model)
+        record = AdapterRecord(name, model.name, path, int(time.time()))
+        with self.use(model) as loaded:
+            self._attach(loaded, record)
+            with self._lock:
+                self._adapters[name] = record
+        return record
+
+    def unload_adapter(self, name: str) -> None:
+        """Withdraws an adapter; requests that are using it end with an error. Raises AdapterNotFoundError."""
+        with self._lock:
+            record = self._adapters.pop(name, None)
+            loaded = self._loaded.get(record.model) if record else None
+        if record is None:
+            raise AdapterNotFoundError(f"The adapter '{name}' is not loaded")
+        if loaded is not None:
+            runner = loaded.runner
+            self._engine.call(lambda: runner.remove_adapter(name)).result()
+
+    def _attach(self, loaded: LoadedModel, record: AdapterRecord) -> None:
+        runner = loaded.runner
+        attach: Callable[[], None] = lambda: runner.add_adapter(record.name, Adapter(runner.model, record.path))  # noqa: E731
+        self._engine.call(attach).result()
+
+    @staticmethod
+    def _check_base(info: ModelInfo, model: StoredModel) -> None:
+        if info.adapter is None or info.adapter.kind != "lora":
+            raise AdapterError(f"{info.path.name} is not a LoRA adapter")
+        base = describe(model.path)
+        if info.architecture != base.architecture:
+            raise AdapterError(
+                f"{info.path.name} was made for a model of architecture {info.architecture}, but '{model.name}' is "
+                f"{base.architecture}"
+            )

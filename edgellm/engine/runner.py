@@ -1,0 +1,389 @@
+"""One model at work: admits answers, runs steps, draws tokens, reports events. All on the engine thread.
+
+A step is one `llama_decode` over prompt chunks, next tokens and drafted tokens of the running answers that share an
+adapter set. Drafted tokens are accepted while they equal what the answer's own sampler draws, which leaves the
+distribution of the output untouched whatever proposed them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from edgellm.backend.batch import Batch
+from edgellm.backend.context import Context
+from edgellm.backend.model import Adapter, Model
+from edgellm.backend.sampler import Sampler
+from edgellm.engine.cache import AdapterSet, PrefixCache
+from edgellm.engine.logprobs import token_logprob
+from edgellm.engine.plan import Share, choose_adapters, plan_step
+from edgellm.engine.sequence import Answer, Job, Proposer
+from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
+from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError
+
+_log = logging.getLogger(__name__)
+
+_ADMIT_MARGIN_CELLS = 32  # room that every running answer should have left when another one is let in
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerLimits:
+    """How much a runner does at once."""
+
+    parallel: int  # answers running at the same time
+    batch_tokens: int  # rows of a step
+    prompt_chunk_tokens: int  # prompt rows of a step while a stream is running
+    draft_tokens: int = 0  # drafted rows of an answer in a step
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """Counters since the model was loaded. Seconds are wall time."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prompt_tokens: int = 0  # computed, not counting what the prefix cache gave
+    generated_tokens: int = 0
+    preemptions: int = 0
+    failures: int = 0
+
+
+class Runner:
+    """The scheduler and executor of one context."""
+
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        limits: RunnerLimits,
+        cache: PrefixCache,
+        *,
+        proposer: Proposer | None = None,
+    ) -> None:
+        self.model = model
+        self.context = context
+        self.limits = limits
+        self.cache = cache
+        self.stats = RunnerStats()
+        self.adapters: dict[str, Adapter] = {}
+        self._proposer = proposer if model.can_roll_back else None
+        self._batch = Batch(limits.batch_tokens)
+        self._waiting: deque[Answer] = deque()
+        self._running: list[Answer] = []  # in order of arrival
+        self._active: AdapterSet = ()
+        self._touched: list[Job] = []
+        self._number = 0
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest, sink: EventSink) -> Job:
+        """Queues a request. A request that cannot start is answered with an ErrorEvent."""
+        self._number += 1
+        job = Job(request, sink, self._number)
+        try:
+            self._check_adapters(request.adapters)
+            sampling = request.sampling
+            if request.ignore_eos:
+                ends = tuple((token, -math.inf) for token in self.model.vocab.end_tokens)
+                sampling = replace(sampling, logit_bias=(*sampling.logit_bias, *ends))
+            for index in range(request.n):
+                sampler = Sampler(self.model.vocab, sampling, index=index, prompt=self._penalised(request))
+                leader = job.answers[0] if index else None
+                job.answers.append(Answer(job, index, sampler, list(request.prompt), leader=leader))
+        except EdgeLLMError as error:
+            self._fail_job(job, error)
+            self._deliver()
+            return job
+        self._waiting.extend(job.answers)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Takes a job out before the next step. Its sink hears nothing more."""
+        job.cancelled = True
+        for answer in job.answers:
+            if not answer.finished:
+                self._leave(answer)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that hold a sequence."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for room."""
+        return len(self._waiting)
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Makes an adapter available under `name`, in place of an earlier one of that name."""
+        self.remove_adapter(name)
+        self.adapters[name] = adapter
+
+    def remove_adapter(self, name: str) -> None:
+        """Withdraws an adapter; requests that use it end with an error. Unknown names are ignored."""
+        adapter = self.adapters.pop(name, None)
+        if adapter is None:
+            return
+        error = AdapterNotFoundError(f"The adapter '{name}' was unloaded")
+        for job in {a.job for a in (*self._running, *self._waiting)}:
+            if any(use.name == name for use in job.request.adapters):
+                self._fail_job(job, error)
+        self._deliver()
+        self.cache.drop_adapter(name)
+        if any(use.name == name for use in self._active):
+            self._activate(())
+        adapter.close()
+
+    def _check_adapters(self, adapters: AdapterSet) -> None:
+        for use in adapters:
+            if use.name not in self.adapters:
+                raise AdapterNotFoundError(f"The adapter '{use.name}' is not loaded")
+
+    def _activate(self, adapters: AdapterSet) -> None:
+        if adapters != self._active:
+            self.context.set_adapters([(self.adapters[use.name], use.scale) for use in adapters])
+            self._active = adapters
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Admits what fits, computes one batch, draws tokens, delivers events."""
+        started = time.perf_counter()
+        self._admit()
+        shares = self._plan()
+        if shares:
+            try:
+                self._compute(shares)
+                self._collect(shares)
+            except BackendError as error:
+                self._fail_shares(shares, error)
+        self._deliver()
+        self.stats.steps += 1
+        self.stats.step_seconds += time.perf_counter() - started
+
+    def _admit(self) -> None:
+        while len(self._running) < self.limits.parallel:
+            # Followers of a leader that reads their prompt are forked from it; meanwhile they let others pass.
+            answer = next((a for a in self._waiting if a.leader is None or a.leader not in self._running), None)
+            if answer is None or not self._may_enter(answer):
+                return
+            answer.leader = None
+            self._waiting.remove(answer)
+            entry = self.cache.acquire(answer.tokens, answer.job.request.adapters)
+            answer.entry = entry
+            if not answer.generated:
+                answer.cached_tokens = len(entry.tokens)
+            self._running.append(answer)
+            self._running.sort(key=lambda a: (a.job.number, a.index))
+
+    def _may_enter(self, answer: Answer) -> bool:
+        """Whether there is room for all its tokens, beside some growth of those that run. Alone, it always may."""
+        if not self._running:
+            return True
+        margin = _ADMIT_MARGIN_CELLS * (len(self._running) + 1)
+        pending = sum(other.pending for other in self._running)
+        ledger = self.cache.ledger
+        needed = len(answer.tokens) + margin + pending
+        return needed <= ledger.free or needed <= ledger.free + self.cache.evictable
+
+    def _plan(self) -> list[Share]:
+        while self._running:
+            adapters = choose_adapters(self._running, self._active)
+            shares = plan_step(
+                self._running,
+                adapters,
+                batch_tokens=self.limits.batch_tokens,
+                prompt_chunk_tokens=self.limits.prompt_chunk_tokens,
+                draft=self._draft,
+            )
+            needed = sum(share.rows for share in shares)
+            if self.cache.reserve(needed):
+                return shares
+            bare = [replace(share, draft=()) for share in shares]
+            if self.cache.reserve(sum(share.rows for share in bare)):
+                return bare
+            self._make_room()
+        return []
+
+    def _draft(self, answer: Answer) -> tuple[int, ...]:
+        request = answer.job.request
+        limit = min(self.limits.draft_tokens, request.max_tokens - answer.generated - 1)
+        if self._proposer is None or limit <= 0 or not answer.generated:
+            return ()
+        return tuple(self._proposer.propose(answer.tokens, limit))[:limit]
+
+    def _make_room(self) -> None:
+        """Preempts the youngest answer; it resumes from its own tokens later. The last one left has filled the cache
+        by itself and ends."""
+        youngest = self._running[-1]
+        if len(self._running) == 1:
+            self._finish(youngest, FinishReason.LENGTH)
+            return
+        self._running.pop()
+        if youngest.entry is not None:
+            self.cache.discard(youngest.entry)
+            youngest.entry = None
+        self._waiting.appendleft(youngest)
+        self.stats.preemptions += 1
+
+    def _compute(self, shares: Sequence[Share]) -> None:
+        self._activate(shares[0].answer.job.request.adapters)
+        batch = self._batch
+        batch.clear()
+        for share in shares:
+            answer, entry = share.answer, share.answer.entry
+            if entry is None:
+                raise BackendError("an answer without a sequence was planned")
+            start = len(entry.tokens)
+            tokens = [*answer.tokens[start : start + share.count], *share.draft]
+            outputs = 1 + len(share.draft) if share.completes else 0
+            self.cache.append(entry, tokens)
+            batch.extend(tokens, start, entry.sequence, outputs=outputs)
+            if share.count > 1:
+                self.stats.prompt_tokens += share.count
+        started = time.perf_counter()
+        self.context.decode(batch)
+        self.stats.decode_seconds += time.perf_counter() - started
+
+    def _collect(self, shares: Sequence[Share]) -> None:
+        row = 0
+        for share in shares:
+            row += share.rows
+            answer = share.answer
+            if not share.completes:
+                continue  # the prompt goes on in the next step
+            reads_prompt = not answer.generated
+            self._draw(share, row - 1 - len(share.draft))
+            if reads_prompt and not answer.index:
+                self._fork_followers(answer, row - 1)
+
+    def _draw(self, share: Share, row: int) -> None:
+        """Draws from the row of the last pending token, then from those of the drafts for as long as they match."""
+        answer = share.answer
+        length = len(answer.tokens)
+        for offset in range(len(share.draft) + 1):
+            token = self._draw_one(answer, row + offset)
+            if token is None or offset == len(share.draft) or token != share.draft[offset]:
+                break
+            answer.accepted_drafts += 1
+        if share.draft and answer.entry is not None:
+            kept = len(answer.tokens) - length  # drawn tokens; the last is not in the cache yet
+            answer.rejected_drafts += len(share.draft) - min(len(share.draft), max(kept - 1, 0))
+            self.cache.truncate(answer.entry, length + max(kept - 1, 0))
+
+    def _draw_one(self, answer: Answer, row: int) -> int | None:
+        """Draws and reports one token. None when the answer is over."""
+        request = answer.job.request
+        sampler = answer.sampler
+        logits = self.context.logits(row)
+        if logits[0] != logits[0]:  # NaN
+            raise BackendError("the model computed NaN: its file is damaged, or its precision overflowed")
+        token = sampler.sample(self.context, row)
+        ended = token is None or (
+            token in request.stop_tokens or (not request.ignore_eos and self.model.vocab.is_end(token))
+        )
+        if token is None or ended:
+            self._finish(answer, FinishReason.STOP)
+            return None
+        logprob = None if request.top_logprobs is None else token_logprob(logits, token, request.top_logprobs)
+        answer.tokens.append(token)
+        answer.generated += 1
+        self.stats.generated_tokens += 1
+        self._report(answer.job, TokenEvent(answer.index, token, logprob))
+        if answer.generated >= request.max_tokens or len(answer.tokens) >= self.context.context_tokens:
+            self._finish(answer, FinishReason.LENGTH)
+            return None
+        return token
+
+    def _fork_followers(self, leader: Answer, row: int) -> None:
+        """The other answers to the same prompt start from the same logits, sharing the prompt's cells."""
+        for answer in leader.job.answers[1:]:
+            if answer.leader is not leader or answer not in self._waiting:
+                continue
+            answer.leader = None
+            if leader.entry is None or not self.model.can_roll_back or len(self._running) >= self.limits.parallel:
+                continue  # enters by the queue, and finds the prompt in the prefix cache
+            self._waiting.remove(answer)
+            entry = self.cache.fork(leader.entry)
+            answer.entry = entry
+            answer.cached_tokens = len(entry.tokens)
+            self._running.append(answer)
+            self._draw_one(answer, row)
+        self._running.sort(key=lambda a: (a.job.number, a.index))
+
+    # --- endings --------------------------------------------------------------------------------------------------
+
+    def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        self._leave(answer)
+        self._report(answer.job, FinishEvent(answer.index, reason, answer.usage))
+
+    def _leave(self, answer: Answer) -> None:
+        answer.finished = True
+        answer.sampler.close()
+        if answer in self._running:
+            self._running.remove(answer)
+        elif answer in self._waiting:
+            self._waiting.remove(answer)
+        if answer.entry is not None:
+            self.cache.retire(answer.entry)
+            answer.entry = None
+
+    def _fail_shares(self, shares: Sequence[Share], error: BackendError) -> None:
+        """A step failed: what it touched is unknown, so its requests end with the error and their cells are freed."""
+        _log.error("step failed: %s", error)
+        self.stats.failures += 1
+        for share in shares:
+            if share.answer.entry is not None:
+                self.cache.discard(share.answer.entry)
+                share.answer.entry = None
+        for job in dict.fromkeys(share.answer.job for share in shares):
+            self._fail_job(job, error)
+
+    def _fail_job(self, job: Job, error: EdgeLLMError) -> None:
+        for answer in job.answers:
+            if not answer.finished:
+                self._leave(answer)
+        self._report(job, ErrorEvent(error))
+
+    def _report(self, job: Job, event: TokenEvent | FinishEvent | ErrorEvent) -> None:
+        if not job.events:
+            self._touched.append(job)
+        job.events.append(event)
+
+    def _deliver(self) -> None:
+        touched, self._touched = self._touched, []
+        for job in touched:
+            events, job.events = job.events, []
+            if not job.cancelled:
+                job.sink(events)
+
+    def fail_all(self, error: EdgeLLMError) -> None:
+        """Ends every request with `error`."""
+        for job in dict.fromkeys(answer.job for answer in (*self._running, *self._waiting)):
+            self._fail_job(job, error)
+        self._deliver()
+
+    def close(self) -> None:
+        """Frees the context, the adapters and the model."""
+        for adapter in self.adapters.values():
+            adapter.close()
+        self.context.close()
+        self.model.close()
+
+    @staticmethod
+    def _penalised(request: GenerateRequest) -> Sequence[int]:
+        if request.sampling.repetition_penalty == 1.0:
+            return ()
+        return request.prompt[-request.sampling.repetition_window :]

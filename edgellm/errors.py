@@ -1,0 +1,142 @@
+"""The exceptions edgellm raises on purpose. Anything else that escapes is a bug.
+
+EdgeLLMError
+├── ConfigError                    a setting is unknown, malformed or contradicts another
+├── RequestError                   the request is at fault; `param` names the field
+│   ├── ContextLengthError         prompt longer than the model's context
+│   ├── SchemaError                a JSON schema that a grammar cannot express; says which part
+│   ├── GrammarError               a GBNF grammar that llama.cpp refuses
+│   └── ChatTemplateError          the model's template refused the messages, or ran too long
+├── NotFoundError                  a thing named by the request is not there
+│   ├── ModelNotFoundError
+│   └── AdapterNotFoundError
+├── ModelError                     the model, not the request, is at fault
+│   ├── InvalidModelFileError      not a sound GGUF file
+│   ├── ModelUnsupportedError      a sound file that cannot do what is asked
+│   ├── ModelLoadError             llama.cpp could not load it
+│   ├── ModelTooLargeError         does not fit the memory budget; carries the numbers
+│   └── PullError                  a download failed
+├── AdapterError                   a LoRA adapter is unsound or does not fit the model
+├── OverloadedError                the queue is full; try again after `retry_after_s`
+├── ShuttingDownError              the server is on its way out
+├── RequestTimeoutError            the request's own time limit passed
+└── BackendError                   llama.cpp failed while computing
+"""
+
+from __future__ import annotations
+
+
+class EdgeLLMError(Exception):
+    """Base of every deliberate error. `str(error)` is fit to be shown to a user."""
+
+
+class ConfigError(EdgeLLMError):
+    """A setting is unknown, malformed or contradicts another."""
+
+
+class RequestError(EdgeLLMError):
+    """The request is at fault. `param` is the dotted path of the field, where one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """The prompt does not fit the context.
+
+    `prompt_tokens` is exact, or a lower bound when `at_least` is set (hopeless prompts are not tokenised in full).
+    """
+
+    def __init__(self, prompt_tokens: int, context_tokens: int, *, at_least: bool = False, param: str | None = None):
+        some = f"at least {prompt_tokens}" if at_least else str(prompt_tokens)
+        super().__init__(
+            f"This model's maximum context length is {context_tokens} tokens, but the prompt has {some} tokens. "
+            "Please shorten the prompt.",
+            param,
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
+        self.at_least = at_least
+
+
+class SchemaError(RequestError):
+    """A JSON schema that cannot be expressed as a grammar. `path` is a JSON pointer into the schema."""
+
+    def __init__(self, message: str, path: str = "", param: str | None = None) -> None:
+        super().__init__(f"{message} (at {path or '/'} in the schema)", param)
+        self.path = path
+
+
+class GrammarError(RequestError):
+    """llama.cpp refuses this GBNF grammar."""
+
+
+class ChatTemplateError(RequestError):
+    """The chat template raised, ran over its limits, or the model has none."""
+
+
+class NotFoundError(EdgeLLMError):
+    """A thing named by the request is not there."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name, or its file is gone."""
+
+
+class AdapterNotFoundError(NotFoundError):
+    """No adapter of that name is loaded."""
+
+
+class ModelError(EdgeLLMError):
+    """The model, not the request, is at fault."""
+
+
+class InvalidModelFileError(ModelError):
+    """Not a sound GGUF file: refused before llama.cpp reads it."""
+
+
+class ModelUnsupportedError(ModelError):
+    """A sound model that cannot do what is asked of it."""
+
+
+class ModelLoadError(ModelError):
+    """llama.cpp could not load the model or make a context for it."""
+
+
+class ModelTooLargeError(ModelError):
+    """The model does not fit the memory budget. All figures in bytes."""
+
+    def __init__(self, message: str, *, needed_bytes: int, budget_bytes: int, in_use_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+        self.in_use_bytes = in_use_bytes
+
+
+class PullError(ModelError):
+    """A download failed; what had arrived is kept for the next try, or removed if it is unusable."""
+
+
+class AdapterError(EdgeLLMError):
+    """A LoRA adapter is unsound or does not fit the model."""
+
+
+class OverloadedError(EdgeLLMError):
+    """The queue is full. `retry_after_s` is a hint in seconds."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ShuttingDownError(EdgeLLMError):
+    """The server takes no new work."""
+
+
+class RequestTimeoutError(EdgeLLMError):
+    """The request's own time limit passed."""
+
+
+class BackendError(EdgeLLMError):
+    """llama.cpp failed while computing."""

@@ -1,0 +1,111 @@
+"""What llama.cpp asserts instead of checking, or reads under a fixed type: such a file would abort the whole process.
+
+The facts are from llama.cpp's src/llama-model.cpp (load_hparams), llama-vocab.cpp and llama-adapter.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgellm.models.gguf import Value
+
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+_ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
+
+# Keys of one fixed type. "int" is any integer type.
+_TYPES: dict[str, tuple[str, ...]] = {
+    "general.architecture": ("string",),
+    "general.type": ("string",),
+    "general.name": ("string",),
+    "adapter.type": ("string",),
+    "adapter.lora.alpha": ("float32",),
+    "adapter.alora.invocation_tokens": ("uint32[]",),
+    "tokenizer.ggml.model": ("string",),
+    "tokenizer.ggml.pre": ("string",),
+    "tokenizer.ggml.tokens": ("string[]",),
+    "tokenizer.ggml.scores": ("float32[]", "int32[]"),
+    "tokenizer.ggml.token_type": ("int32[]",),
+    "tokenizer.ggml.merges": ("string[]",),
+    "tokenizer.chat_template": ("string",),
+    "split.no": ("uint16",),
+    "split.count": ("uint16",),
+    "split.tensors.count": ("int32", "uint32", "uint16", "uint64", "int64"),
+}
+
+
+def check_metadata(metadata: Mapping[str, Value], types: Mapping[str, str]) -> str | None:
+    """The first thing wrong with a file's metadata, in words, or None. `types` is GGUFHeader.value_types."""
+    for key, allowed in _TYPES.items():
+        if key in types and types[key] not in allowed:
+            return f"{key} must be {' or '.join(allowed)}, not {types[key]}"
+    number, count = metadata.get("split.no", 0), metadata.get("split.count", 1)
+    if isinstance(number, int) and isinstance(count, int) and number >= max(count, 1):
+        return f"split.no is {number} of {count}"
+    if number != 0:
+        return None  # only the first part of a split model carries the rest
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        return "general.architecture is missing"
+    if metadata.get("general.type") == "adapter" or architecture == "clip":
+        return None
+    return _check_vocabulary(metadata) or _check_shape(architecture, metadata, types)
+
+
+def _length(value: Value | None) -> int | None:
+    if value is None or isinstance(value, (int, float, str)):
+        return None
+    return len(value) if isinstance(value, tuple) else value.length
+
+
+def _check_vocabulary(metadata: Mapping[str, Value]) -> str | None:
+    tokens = _length(metadata.get("tokenizer.ggml.tokens"))
+    if tokens is None:
+        return None
+    for part in ("scores", "token_type"):
+        length = _length(metadata.get(f"tokenizer.ggml.{part}"))
+        if length is not None and length < tokens:
+            return f"tokenizer.ggml.{part} has only {length} entries for {tokens} tokens"
+    return None
+
+
+def _check_shape(architecture: str, metadata: Mapping[str, Value], types: Mapping[str, str]) -> str | None:
+    def number(key: str, default: int = 0) -> int:
+        value = metadata.get(f"{architecture}.{key}", default)
+        return value if isinstance(value, int) else -1
+
+    def most(key: str) -> int:
+        value = metadata.get(f"{architecture}.{key}", 0)
+        return (
+            max((item for item in value if isinstance(item, int)), default=0)
+            if isinstance(value, tuple)
+            else number(key)
+        )
+
+    layers = number("block_count", 1)
+    if not 1 <= layers <= MAX_LAYERS:
+        return f"{architecture}.block_count must be 1 to {MAX_LAYERS}"
+    if not 0 <= number("nextn_predict_layers") <= layers:
+        return f"{architecture}.nextn_predict_layers is more than block_count"
+    experts, used, groups = number("expert_count"), most("expert_used_count"), number("expert_group_count")
+    if not 0 <= experts <= MAX_EXPERTS:
+        return f"{architecture}.expert_count must be 0 to {MAX_EXPERTS}"
+    if experts and not 1 <= used <= experts:
+        return f"{architecture}.expert_used_count is {used} of {experts} experts"
+    if (not experts and (used or groups)) or (experts and not 0 <= groups < experts):
+        return f"{architecture}: {used} experts used in {groups} groups do not go with {experts} experts"
+    if groups > 1 and (experts % groups or not 0 < number("expert_group_used_count") < groups):
+        return f"{architecture}: {experts} experts do not divide into {groups} groups"
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "linear")
+    if scaling not in _ROPE_SCALINGS:
+        return f"{architecture}.rope.scaling.type {scaling!r} is unknown"
+    for key in ("context_length", "embedding_length", "attention.head_count", "attention.head_count_kv"):
+        name = f"{architecture}.{key}"
+        if name in types and not types[name].removesuffix("[]").startswith(("uint", "int")):
+            return f"{name} must be an integer, not {types[name]}"
+        length = _length(metadata.get(name))
+        if length is not None and length != layers:
+            return f"{name} has {length} entries for {layers} layers"
+    return None

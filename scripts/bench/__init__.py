@@ -1,0 +1,1 @@
+"""What scripts/bench_serving is made of. Standard library only, so that the client stays light."""
