@@ -33,7 +33,7 @@ BUCKETS_S = (
 
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
-    """One loaded model's engine at this moment. The last three only ever grow while the model is loaded."""
+    """One loaded model's engine at this moment. From prefix_lookups on, figures only grow while it is loaded."""
 
     model: str
     queued_requests: int
@@ -43,6 +43,8 @@ class ModelSnapshot:
     prefix_lookups: int
     prefix_hits: int
     preemptions: int
+    step_seconds: float
+    decode_seconds: float
 
 
 Snapshot = Callable[[], Iterable[ModelSnapshot]]
@@ -67,20 +69,22 @@ class _EngineCollector(Collector):
             ("kv_cells_used", "KV cache cells in use, idle prefixes included.", lambda model: model.kv_cells_used),
             ("kv_cells", "KV cache cells there are.", lambda model: model.kv_cells_total),
         )
-        counters: tuple[tuple[str, str, Callable[[ModelSnapshot], int]], ...] = (
+        counters: tuple[tuple[str, str, Callable[[ModelSnapshot], float]], ...] = (
             ("prefix_lookups", "Prompts looked up in the prefix cache.", lambda model: model.prefix_lookups),
             ("prefix_hits", "Prompts that continued a cached prefix.", lambda model: model.prefix_hits),
             ("preemptions", "Sequences put off because cells ran short.", lambda model: model.preemptions),
+            ("engine_step_seconds", "Time spent in steps of the engine.", lambda model: model.step_seconds),
+            ("engine_decode_seconds", "Of that, time inside llama_decode.", lambda model: model.decode_seconds),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(f"edgellm_{name}", text, labels=["model"])
             for model in models:
                 gauge.add_metric([model.model], value(model))
             yield gauge
-        for name, text, value in counters:
+        for name, text, total in counters:
             counter = CounterMetricFamily(f"edgellm_{name}", text, labels=["model"])
             for model in models:
-                counter.add_metric([model.model], value(model))
+                counter.add_metric([model.model], total(model))
             yield counter
 
 

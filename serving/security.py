@@ -127,7 +127,10 @@ class KeyCheck:
 
 
 class JsonOnly:
-    """Refuses bodies of another content type than JSON with 415. A body without one is taken for JSON."""
+    """Refuses bodies of another content type than JSON with 415. A body without one is taken for JSON.
+
+    So is one that `curl -d` calls a form, unless a browser sent it: a web page could post a form without asking first.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -135,14 +138,19 @@ class JsonOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] in _BODY_METHODS and _has_body(scope):
             types = _values(scope, b"content-type")
-            if not types:
+            if not types or (types == ["application/x-www-form-urlencoded"] and not _from_browser(scope)):
                 # Some versions of FastAPI would not parse it otherwise.
-                scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]
+                others = [header for header in scope["headers"] if header[0] != b"content-type"]
+                scope["headers"] = [*others, (b"content-type", b"application/json")]
             elif len(types) > 1 or not _JSON_TYPE.fullmatch(types[0].strip()):
                 text = "The body must be JSON, sent with 'Content-Type: application/json'."
                 await refuse(415, text, "unsupported_media_type")(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _from_browser(scope: Scope) -> bool:
+    return any(_values(scope, name) for name in (b"origin", b"referer", b"sec-fetch-site"))
 
 
 def _has_body(scope: Scope) -> bool:

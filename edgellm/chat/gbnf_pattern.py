@@ -3,7 +3,7 @@ r"""Regular expressions (JSON Schema's `pattern` and `format`) as GBNF over the 
 Understood: literals, `.`, classes, `\d \w \s` and their complements, the escapes for control characters, `\xHH`,
 `\uHHHH`, groups (capturing, named or not), alternation, `* + ? {m} {m,} {m,n}` and their lazy forms, `^` at the start
 and `$` at the end of the pattern or of one of its top alternatives. Without an anchor anything may stand on that side.
-Refused: look-around, back references, `\b`, `\p`, flags, anchors elsewhere, unbounded repetition of what may be empty.
+Refused: look-around, back references, `\b`, `\p`, flags, anchors elsewhere, repetition of what may be empty.
 Negated classes, `.`, `\D \W \S` leave out control characters and `\d \w \s` hold ASCII only: every text that the
 grammar lets through matches, though not every match is let through.
 """
@@ -28,6 +28,7 @@ from edgellm.chat.gbnf import (
 
 _MAX_CHARS = 4096
 _MAX_GROUPS = 24  # nested
+_MAX_SPAN = 5000  # ways in which nested bounded repetitions can divide a text
 _PRINTABLE: Ranges = ((0x20, 0xD7FF), (0xE000, 0x10FFFF))
 _DIGITS: Ranges = ((0x30, 0x39),)
 _WORD: Ranges = ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
@@ -53,6 +54,7 @@ class _Part:
     shortest: int
     longest: int | None
     atomic: bool = False  # a rule's name or a class: may be repeated as it is
+    span: int = 1  # the largest product of nested bounds within
 
 
 def pattern_gbnf(builder: GrammarBuilder, pattern: str, low: int = 0, high: int | None = None) -> str:
@@ -117,12 +119,13 @@ class _Parser:
             return parts[0]
         lengths = [part.longest for part in parts]
         longest = None if None in lengths else max(length for length in lengths if length is not None)
-        return _Part(alternatives([p.expr for p in parts]), min(p.shortest for p in parts), longest)
+        shortest, span = min(part.shortest for part in parts), max(part.span for part in parts)
+        return _Part(alternatives([part.expr for part in parts]), shortest, longest, span=span)
 
     def _sequence(self, *, top: bool) -> _Part:
         exprs: list[str] = []
-        shortest, longest = 0, 0
-        total: int | None = longest
+        shortest, span = 0, 1
+        total: int | None = 0
         if top and not self._take("^"):
             exprs.append(f"{self._builder.json('char')}*")
             total = None
@@ -136,11 +139,12 @@ class _Parser:
             part = self._quantified()
             exprs.append(_group(part.expr))
             shortest += part.shortest
+            span = max(span, part.span)
             total = _add(total, part.longest)
         if top and not anchored:
             exprs.append(f"{self._builder.json('char')}*")
             total = None
-        return _Part(" ".join(exprs) or '""', shortest, total)
+        return _Part(" ".join(exprs) or '""', shortest, total, span=span)
 
     def _quantified(self) -> _Part:
         part = self._atom()
@@ -148,14 +152,18 @@ class _Parser:
         if bounds is None:
             return part
         low, high = bounds
-        if high is None and part.shortest == 0:
-            raise self._error("unbounded repetition of what may be empty")
+        if (high is None or high > 1) and part.shortest == 0:
+            raise self._error("repetition of what may be empty")
+        count = max(low, high or 1)
+        span = part.span * count if part.longest != part.shortest else max(part.span, count)
+        if span > _MAX_SPAN and part.longest != part.shortest:
+            raise self._error("nested repetition of more than it can follow")
         item = part.expr if part.atomic else self._builder.rule(part.expr, "p")
         longest = None if high is None or part.longest is None else part.longest * high
         expr = self._builder.repeat(item, low, high)
         if self._peek() in ("*", "+", "?", "{") and self._peek():
             raise self._error("a quantifier after a quantifier")
-        return _Part(expr, part.shortest * low, longest)
+        return _Part(expr, part.shortest * low, longest, span=span)
 
     def _quantifier(self) -> tuple[int, int | None] | None:
         bounds: tuple[int, int | None]

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from edgellm.chat.gbnf import GrammarBuilder, Inexpressible, alternatives, char_json, literal
 from edgellm.chat.gbnf_number import integers, numbers
 from edgellm.chat.gbnf_pattern import FORMATS, format_gbnf, pattern_gbnf
+from edgellm.chat.schema_graph import Edges, Union, check_unions, loops
 from edgellm.chat.schema_merge import REFUSED, TYPE_KEYWORDS, merge, whole_number
 from edgellm.chat.schema_shapes import array_rule, object_rule
 from edgellm.chat.schema_values import constant, fits, read_bounds, same
@@ -18,6 +19,7 @@ Schema = dict[str, Any]
 MAX_DEPTH = 64
 MAX_NODES = 10_000  # subschemas looked at, those that allOf and anyOf multiply included
 MAX_ENUM = 2_000
+MAX_OPTIONAL = 500  # of one object: any of them may come next, and llama.cpp tries each
 
 _CHECKED_ON_VALUES = (
     "minLength",
@@ -50,7 +52,10 @@ class _Converter:
         self._nodes = 0
         self._ref_rules: dict[str, str] = {}
         self._queue: list[str] = []
-        self._direct: dict[str, set[str]] = {}  # references that a rule reaches without writing anything in between
+        self._direct: Edges = {}  # references that a rule reaches without writing anything in between
+        self._edges: Edges = {}  # what references and alternatives lead to
+        self._unions: list[Union] = []
+        self._inside: list[str] = []  # the reference and the alternatives that are being visited
 
     def convert(self) -> str:
         self._check_nesting()
@@ -58,9 +63,13 @@ class _Converter:
         while self._queue:
             ref = self._queue.pop()
             path = self._base + ref[1:]
+            self._enter(ref)
             expr = self._visit(self._resolve(ref, path), path, 0, ref)
+            self._inside.pop()
             self._builder.define(self._ref_rules[ref], expr)
-        self._check_loops()
+        for ref in loops(self._direct):
+            raise SchemaError(f"$ref {ref!r} refers to itself", self._base + ref[1:])
+        check_unions(self._edges, self._unions, lambda schema: self._expand(schema, self._base))
         return start
 
     def _check_nesting(self) -> None:
@@ -76,6 +85,10 @@ class _Converter:
             if not level:
                 return
         raise SchemaError(f"the schema is nested more than {MAX_DEPTH} deep", self._base)
+
+    def _enter(self, node: str) -> None:
+        self._edges.setdefault(node, set())
+        self._inside.append(node)
 
     # References
 
@@ -98,24 +111,6 @@ class _Converter:
             else:
                 raise SchemaError(f"$ref {ref!r} leads nowhere", path)
         return node
-
-    def _check_loops(self) -> None:
-        """Refuse references that come back to themselves without consuming any text (left recursion)."""
-        state: dict[str, int] = {}
-        for first in self._direct:
-            stack = [(first, iter(self._direct.get(first, ())))]
-            state.setdefault(first, 1)
-            while stack:
-                node, targets = stack[-1]
-                target = next(targets, None)
-                if target is None:
-                    state[node] = 2
-                    stack.pop()
-                elif state.get(target) == 1 and any(node == target for node, _ in stack):
-                    raise SchemaError(f"$ref {target!r} refers to itself", self._base + target[1:])
-                elif target not in state:
-                    state[target] = 1
-                    stack.append((target, iter(self._direct.get(target, ()))))
 
     def _expand(self, schema: object, path: str) -> object:
         """The schema with its own $ref, if any, merged in."""
@@ -166,6 +161,8 @@ class _Converter:
                 self._resolve(ref, path)
                 if owner is not None:
                     self._direct.setdefault(owner, set()).add(ref)
+                self._edges[self._inside[-1]].add(ref)
+                self._edges.setdefault(ref, set())
                 return self._ref_rule(ref)
             return self._visit(self._expand(schema, path), path, depth + 1, owner)
         for key in ("anyOf", "oneOf"):
@@ -196,11 +193,21 @@ class _Converter:
             raise SchemaError(f"{key} must be a list of schemas", f"{path}/{key}")
         rest = {name: value for name, value in schema.items() if name != key}
         merging = any(name in TYPE_KEYWORDS for name in rest)
-        options = []
+        options, nodes, schemas = [], [], []
+        union = f"{path}/{key}#{len(self._edges)}"
+        self._edges[self._inside[-1]].add(union)
+        self._enter(union)
         for number, choice in enumerate(choices):
             here = f"{path}/{key}/{number}"
             whole = self._merge(self._expand(choice, here), rest, here) if merging else choice
+            nodes.append(f"{union}:{number}")
+            schemas.append(self._expand(whole, here))
+            self._edges[union].add(nodes[-1])
+            self._enter(nodes[-1])
             options.append(self._visit(whole, here, depth + 1, owner))
+            self._inside.pop()
+        self._inside.pop()
+        self._unions.append(Union(union, tuple(nodes), tuple(schemas), f"{path}/{key}"))
         return self._builder.rule(alternatives(options), "v")
 
     def _all_of(self, schema: Schema, path: str) -> object:
@@ -329,6 +336,8 @@ class _Converter:
             where = f"{path}/properties/{_escape(key)}" if key in keys else f"{path}/additionalProperties"
             value = self._visit(keys.get(key, undescribed), where, depth + 1, None)
             pairs.append((f"{literal(char_json(key))} {self._builder.json('colon')} {value}", key in required))
+        if len(pairs) - sum(needed for _, needed in pairs) > MAX_OPTIONAL:
+            raise SchemaError(f"more than {MAX_OPTIONAL} optional properties", f"{path}/properties")
         member = None
         low, high = self._counts(schema, pairs, extra is not False, path)
         if extra is not False and high != 0:

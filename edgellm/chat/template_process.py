@@ -33,6 +33,7 @@ class TemplateProcess:
     """
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str, timeout_s: float, output_bytes: int) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
         self._timeout_s = timeout_s
         self._output_bytes = output_bytes
         self._setup = _packed(
@@ -46,7 +47,6 @@ class TemplateProcess:
             }
         )
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._broken: str | None = None  # why the template does not compile
 
@@ -55,6 +55,12 @@ class TemplateProcess:
         """The worker's process id, while there is one."""
         process = self._process
         return None if process is None else process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a worker that runs."""
+        process = self._process
+        return process is not None and process.poll() is None
 
     def render(self, variables: dict[str, Any]) -> str:
         """The template's output. Raises ChatTemplateError if it raises, or exceeds a limit."""
@@ -85,7 +91,7 @@ class TemplateProcess:
         if self._broken is not None:
             raise TemplateUnusableError(self._broken)
         process = self._process
-        if process is not None and process.poll() is None:
+        if process is not None and self.alive:
             return process
         self._end()
         self._process = process = _start()

@@ -144,7 +144,9 @@ class ToolCallParser:
             if self._state is _State.TEXT:
                 if self._match or not self.calls:
                     self._content(self._match)
-            elif (self._state is _State.OPEN or self._state is _State.CALL) and not self._scanner.started:
+            elif self._state is not _State.CLOSE and not self._scanner.started:
+                if self.calls and "".join(self._raw).strip(_BLANKS) in (",", ";"):
+                    self._raw = []  # the answer was cut between two calls of a list
                 self._give_up()
             self._match, self._raw = "", []
             self.done = True

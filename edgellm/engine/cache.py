@@ -65,8 +65,8 @@ class PrefixCache:
         self._live: dict[int, Entry] = {}
         self._idle: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
         self.ledger = CellLedger(capacity)
-        self.hit_tokens = 0
-        self.looked_up_tokens = 0
+        self.lookups = 0
+        self.hits = 0  # lookups that found some prefix
 
     @property
     def evictable(self) -> int:
@@ -86,8 +86,8 @@ class PrefixCache:
         """
         usable = list(tokens[:-1])
         source, length = self._longest(usable, adapters)
-        self.looked_up_tokens += len(tokens)
-        self.hit_tokens += length
+        self.lookups += 1
+        self.hits += length > 0
         if source is not None and length == len(source.tokens) and source.sequence in self._idle:
             entry = self._idle.pop(source.sequence)  # continued where it ended: no copy needed
         else:

@@ -34,14 +34,17 @@ class Ticket:
         self._job: Job | None = None  # known once the engine thread has taken it
         self._cancelled = False
 
-    def cancel(self) -> None:
-        """The answer is no longer wanted: its sequences leave before the next step, and its sink hears nothing more."""
-        self._cancelled = True
-        self._engine.post(self._cancel)
+    def cancel(self, index: int | None = None) -> None:
+        """The request, or its answer `index`, is no longer wanted: it leaves before the next step.
 
-    def _cancel(self) -> None:
+        Events that are on their way already may still arrive.
+        """
+        self._cancelled = self._cancelled or index is None
+        self._engine.post(lambda: self._cancel(index))
+
+    def _cancel(self, index: int | None) -> None:
         if self._job is not None and not self._job.cancelled:
-            self._runner.cancel(self._job)
+            self._runner.cancel(self._job, index)
 
     def _start(self, request: GenerateRequest, sink: EventSink) -> None:
         if not self._cancelled:

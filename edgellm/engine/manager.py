@@ -45,13 +45,25 @@ class AdapterRecord:
     model: str
     path: Path
     created: int  # Unix seconds
+    scale: float = 1.0  # a request's own scale is multiplied with it
 
 
 class ModelManager:
     """The models this process serves: those named in the settings and those in the store."""
 
-    def __init__(self, settings: Settings, store: ModelStore, engine: Engine, default_model: str) -> None:
-        """`default_model` is used when the settings name no model. Raises ModelNotFoundError."""
+    def __init__(
+        self,
+        settings: Settings,
+        store: ModelStore,
+        engine: Engine,
+        default_model: str,
+        on_unload: Callable[[str], None] = lambda _name: None,
+    ) -> None:
+        """`default_model` is used when the settings name no model; `on_unload` hears the names of models that leave.
+
+        Raises ModelNotFoundError.
+        """
+        self._on_unload = on_unload
         self._settings = settings
         self._store = store
         self._engine = engine
@@ -199,7 +211,7 @@ class ModelManager:
                     raise ModelTooLargeError(
                         f"The model '{name}' needs {needed // _MIB} MiB, but the memory budget is "
                         f"{self.budget_bytes // _MIB} MiB. A smaller --context-tokens, or a larger "
-                        "--memory-budget-bytes, may help.",
+                        "--memory-budget, may help.",
                         needed_bytes=needed,
                         budget_bytes=self.budget_bytes,
                         in_use_bytes=in_use,
@@ -221,6 +233,7 @@ class ModelManager:
         if loaded.embedder is not None:
             self._engine.remove(loaded.embedder)
         self._engine.remove(loaded.runner)
+        self._on_unload(loaded.name)
         _log.info("unloaded %s", loaded.name)
 
     def _reap(self) -> None:
@@ -255,7 +268,9 @@ class ModelManager:
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, name: str, path: Path, model_name: str | None = None) -> AdapterRecord:
+    def load_adapter(
+        self, name: str, path: Path, model_name: str | None = None, *, scale: float = 1.0
+    ) -> AdapterRecord:
         """Makes the LoRA adapter at `path` available as `name` for a model (default: the default model).
 
         Raises AdapterError, InvalidModelFileError, ModelNotFoundError.
@@ -266,12 +281,23 @@ class ModelManager:
         if not path.is_file():
             raise AdapterError(f"There is no adapter file at {path}")
         self._check_base(describe(path), model)
-        record = AdapterRecord(name, model.name, path, int(time.time()))
+        record = AdapterRecord(name, model.name, path, int(time.time()), scale)
         with self.use(model) as loaded:
             self._attach(loaded, record)
             with self._lock:
                 self._adapters[name] = record
         return record
+
+    def scaled(self, uses: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
+        """A request's adapters with the adapters' own scales worked in. Raises AdapterNotFoundError."""
+        found = []
+        with self._lock:
+            for use in uses:
+                record = self._adapters.get(use.name)
+                if record is None:
+                    raise AdapterNotFoundError(f"The adapter '{use.name}' is not loaded")
+                found.append(AdapterUse(use.name, use.scale * record.scale))
+        return tuple(found)
 
     def unload_adapter(self, name: str) -> None:
         """Withdraws an adapter; requests that are using it end with an error. Raises AdapterNotFoundError."""

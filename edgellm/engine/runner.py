@@ -102,11 +102,11 @@ class Runner:
         self._waiting.extend(job.answers)
         return job
 
-    def cancel(self, job: Job) -> None:
-        """Takes a job out before the next step. Its sink hears nothing more."""
-        job.cancelled = True
+    def cancel(self, job: Job, index: int | None = None) -> None:
+        """Takes a job, or one of its answers, out before the next step. The sink hears no more of it."""
+        job.cancelled = job.cancelled or index is None
         for answer in job.answers:
-            if not answer.finished:
+            if not answer.finished and index in (None, answer.index):
                 self._leave(answer)
 
     @property

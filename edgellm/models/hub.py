@@ -235,6 +235,7 @@ def _list_files(wanted: HubSpec, endpoint: str, token: str | None) -> tuple[str,
     files = [
         _HubFile(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
         for item in info.siblings or ()
+        if not {"", "..", "."} & set(item.rfilename.split("/"))
     ]
     commit = info.sha or wanted.revision or "main"
     return commit, files

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+# Architectures whose graph asserts that keys, values and their rotated part are equally wide (src/models/*.cpp).
+_EVEN_HEADS = frozenset({
+    "arcee", "arctic", "baichuan", "dbrx", "deepseek", "dots1", "dream", "ernie4_5", "ernie4_5-moe", "exaone", "falcon",
+    "granite", "grok", "hunyuan-moe", "internlm2", "llada", "llada-moe", "llama", "mistral3", "olmo", "olmo2", "olmoe",
+    "orion", "plamo", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "seed_oss",
+    "smollm3", "starcoder2", "xverse",
+})  # fmt: skip
 _ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
 
 # Keys of one fixed type. "int" is any integer type.
@@ -71,36 +78,32 @@ def _check_vocabulary(metadata: Mapping[str, Value]) -> str | None:
     return None
 
 
-def _check_shape(architecture: str, metadata: Mapping[str, Value], types: Mapping[str, str]) -> str | None:
-    def number(key: str, default: int = 0) -> int:
-        value = metadata.get(f"{architecture}.{key}", default)
+class _Numbers:
+    """Integers under the architecture's name; -1 stands for a value of another type."""
+
+    def __init__(self, architecture: str, metadata: Mapping[str, Value]) -> None:
+        self.architecture = architecture
+        self.metadata = metadata
+
+    def one(self, key: str, default: int = 0) -> int:
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
         return value if isinstance(value, int) else -1
 
-    def most(key: str) -> int:
-        value = metadata.get(f"{architecture}.{key}", 0)
-        return (
-            max((item for item in value if isinstance(item, int)), default=0)
-            if isinstance(value, tuple)
-            else number(key)
-        )
+    def most(self, key: str) -> int:
+        """The largest of all layers."""
+        value = self.metadata.get(f"{self.architecture}.{key}", 0)
+        if isinstance(value, tuple):
+            return max((item for item in value if isinstance(item, int)), default=0)
+        return self.one(key)
 
-    layers = number("block_count", 1)
+
+def _check_shape(architecture: str, metadata: Mapping[str, Value], types: Mapping[str, str]) -> str | None:
+    numbers = _Numbers(architecture, metadata)
+    layers = numbers.one("block_count", 1)
     if not 1 <= layers <= MAX_LAYERS:
         return f"{architecture}.block_count must be 1 to {MAX_LAYERS}"
-    if not 0 <= number("nextn_predict_layers") <= layers:
+    if not 0 <= numbers.one("nextn_predict_layers") <= layers:
         return f"{architecture}.nextn_predict_layers is more than block_count"
-    experts, used, groups = number("expert_count"), most("expert_used_count"), number("expert_group_count")
-    if not 0 <= experts <= MAX_EXPERTS:
-        return f"{architecture}.expert_count must be 0 to {MAX_EXPERTS}"
-    if experts and not 1 <= used <= experts:
-        return f"{architecture}.expert_used_count is {used} of {experts} experts"
-    if (not experts and (used or groups)) or (experts and not 0 <= groups < experts):
-        return f"{architecture}: {used} experts used in {groups} groups do not go with {experts} experts"
-    if groups > 1 and (experts % groups or not 0 < number("expert_group_used_count") < groups):
-        return f"{architecture}: {experts} experts do not divide into {groups} groups"
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "linear")
-    if scaling not in _ROPE_SCALINGS:
-        return f"{architecture}.rope.scaling.type {scaling!r} is unknown"
     for key in ("context_length", "embedding_length", "attention.head_count", "attention.head_count_kv"):
         name = f"{architecture}.{key}"
         if name in types and not types[name].removesuffix("[]").startswith(("uint", "int")):
@@ -108,4 +111,35 @@ def _check_shape(architecture: str, metadata: Mapping[str, Value], types: Mappin
         length = _length(metadata.get(name))
         if length is not None and length != layers:
             return f"{name} has {length} entries for {layers} layers"
+    return _check_experts(numbers) or _check_heads(numbers)
+
+
+def _check_experts(numbers: _Numbers) -> str | None:
+    name = numbers.architecture
+    experts, used = numbers.one("expert_count"), numbers.most("expert_used_count")
+    groups = numbers.one("expert_group_count")
+    if not 0 <= experts <= MAX_EXPERTS:
+        return f"{name}.expert_count must be 0 to {MAX_EXPERTS}"
+    if experts and not 1 <= used <= experts:
+        return f"{name}.expert_used_count is {used} of {experts} experts"
+    if (not experts and (used or groups)) or (experts and not 0 <= groups < experts):
+        return f"{name}: {used} experts used in {groups} groups do not go with {experts} experts"
+    if groups > 1 and (experts % groups or not 0 < numbers.one("expert_group_used_count") < groups):
+        return f"{name}: {experts} experts do not divide into {groups} groups"
+    return None
+
+
+def _check_heads(numbers: _Numbers) -> str | None:
+    name = numbers.architecture
+    scaling = numbers.metadata.get(f"{name}.rope.scaling.type", "linear")
+    if scaling not in _ROPE_SCALINGS:
+        return f"{name}.rope.scaling.type {scaling!r} is unknown"
+    heads, width = numbers.one("attention.head_count"), numbers.one("embedding_length")
+    if name not in _EVEN_HEADS or heads <= 0 or width <= 0:
+        return None
+    keys = numbers.one("attention.key_length", width // heads)
+    values = numbers.one("attention.value_length", width // heads)
+    rotated = numbers.one("rope.dimension_count", keys)
+    if not keys == values == rotated:
+        return f"{name}: keys, values and rotary embedding differ in width: {keys}, {values}, {rotated}"
     return None

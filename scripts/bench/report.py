@@ -94,6 +94,12 @@ def throughput_table(results: Results) -> str:
     return table([*header, "server cores", "client cores", "other cores"], rows)
 
 
+def others_cores(results: Results) -> float:
+    """The most cores that anything but server and client kept busy during a cell."""
+    cells = [cell for rounds in results.values() for one in rounds for cell in one.cells.values()]
+    return max(cell.others_cpu_s / cell.wall_s for cell in cells)
+
+
 def at(clients: int, number: Callable[[Cell], float]) -> Callable[[RoundResult], float]:
     """The number of the cell with that many clients."""
     return lambda one: number(one.cells[clients])

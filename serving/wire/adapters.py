@@ -24,13 +24,6 @@ class AdapterLoadRequest(RequestModel):
     )
 
 
-class AdapterUnloadRequest(RequestModel):
-    name: Text = Field(min_length=1, max_length=256, description="Name of a loaded adapter.")
-    model: Text | None = Field(
-        default=None, max_length=512, description="Model it belongs to. Default: the default model."
-    )
-
-
 class Adapter(ResponseModel):
     id: str = Field(description="Its name.")
     object: Literal["adapter"] = "adapter"

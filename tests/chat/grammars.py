@@ -48,16 +48,26 @@ class Vocabulary:
     def close(self) -> None:
         lib.llama_model_free(self._model)
 
-    def grammar(self, gbnf: str, root: str = "root") -> Grammar:
-        return Grammar(self, gbnf, root)
+    @property
+    def chat_template(self) -> str:
+        return lib.llama_model_chat_template(self._model, None).decode()
+
+    def grammar(self, gbnf: str, lazy_patterns: tuple[str, ...] = ()) -> Grammar:
+        return Grammar(self, gbnf, lazy_patterns)
 
 
 class Grammar:
     """A compiled grammar. Raises ValueError if llama.cpp refuses it."""
 
-    def __init__(self, vocabulary: Vocabulary, gbnf: str, root: str) -> None:
+    def __init__(self, vocabulary: Vocabulary, gbnf: str, lazy_patterns: tuple[str, ...]) -> None:
         self._vocabulary = vocabulary
-        self._sampler = lib.llama_sampler_init_grammar(vocabulary.vocab, gbnf.encode(), root.encode())
+        if lazy_patterns:
+            patterns = (ctypes.c_char_p * len(lazy_patterns))(*(pattern.encode() for pattern in lazy_patterns))
+            self._sampler = lib.llama_sampler_init_grammar_lazy_patterns(
+                vocabulary.vocab, gbnf.encode(), b"root", patterns, len(patterns), None, 0
+            )
+        else:
+            self._sampler = lib.llama_sampler_init_grammar(vocabulary.vocab, gbnf.encode(), b"root")
         if not self._sampler:
             raise ValueError("llama.cpp refuses the grammar:\n" + gbnf)
 

@@ -70,9 +70,17 @@ CASES: dict[str, tuple[Any, list[str], list[str]]] = {
         ["-1.25", "-1.250", "-0.3", "0", "-0", "10.75", "10.7", "9.99", "10"],
         ["-1.251", "-1.3", "10.76", "10.751", "11", "-2"],
     ),
-    "narrow": ({"type": "number", "minimum": 0.125, "exclusiveMaximum": 0.13}, ["0.125", "0.1299"], ["0.13", "0.12", "0"]),
+    "narrow": (
+        {"type": "number", "minimum": 0.125, "exclusiveMaximum": 0.13},
+        ["0.125", "0.1299"],
+        ["0.13", "0.12", "0"],
+    ),
     "number at most -2": ({"type": "number", "maximum": -2}, ["-2", "-2.5", "-100"], ["-1.9", "0", "2"]),
-    "enum": ({"enum": ["red", 'gr"een', 3, None, [1, {"a": 2}]]}, ['"red"', "3", '[1, {"a": 2}]', '"gr\\"een"'], ["red", '"re"']),
+    "enum": (
+        {"enum": ["red", 'gr"een', 3, None, [1, {"a": 2}]]},
+        ['"red"', "3", '[1, {"a": 2}]', '"gr\\"een"'],
+        ["red", '"re"'],
+    ),
     "const": ({"const": {"kind": "x", "n": 1.5}}, ['{"kind":"x","n":1.5}'], ["{}", '{"n":1.5,"kind":"x"}']),
     "typed enum": ({"type": "string", "enum": ["a", 1, "bb"], "maxLength": 1}, ['"a"'], ["1", '"bb"']),
     "wide enum": (
@@ -83,7 +91,14 @@ CASES: dict[str, tuple[Any, list[str], list[str]]] = {
     "object": (
         thing(a={"type": "integer"}, b={"type": "string"}),
         ['{"a":1,"b":""}', '{"a": 1, "b": ""}', '{\n  "a": 1,\n  "b": ""\n}'],
-        ['{"b":"","a":1}', '{"a":1}', '{"a":1,"b":"",}', '{"a":1,"b":"","c":1}', '{"a":1,"b":""}}', '{\n\n"a":1,"b":""}'],
+        [
+            '{"b":"","a":1}',
+            '{"a":1}',
+            '{"a":1,"b":"",}',
+            '{"a":1,"b":"","c":1}',
+            '{"a":1,"b":""}}',
+            '{\n\n"a":1,"b":""}',
+        ],
     ),
     "optional": (
         {"type": "object", "properties": {k: {"type": "boolean"} for k in "abcd"}, "required": ["c"]},
@@ -182,19 +197,39 @@ CASES: dict[str, tuple[Any, list[str], list[str]]] = {
         ["2", "6"],
     ),
     "ref with escapes": ({"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {"type": "null"}}}, ["null"], ["1"]),
-    "pattern": ({"type": "string", "pattern": "^[A-Z]{3}-\\d{2,4}(x|yz)?$"}, ['"ABC-12"', '"ABC-1234yz"'], ['"AB-12"', '"ABC-12y"']),
+    "pattern": (
+        {"type": "string", "pattern": "^[A-Z]{3}-\\d{2,4}(x|yz)?$"},
+        ['"ABC-12"', '"ABC-1234yz"'],
+        ['"AB-12"', '"ABC-12y"'],
+    ),
     "free pattern": ({"type": "string", "pattern": "b+"}, ['"abc"', '"b"', '"\\nbb\\""'], ['"ac"', '""']),
     "half anchored": ({"type": "string", "pattern": "^a|b$"}, ['"ax"', '"xb"'], ['"xa"', '"bx"']),
-    "pattern with escapes": ({"type": "string", "pattern": '^[^"]\\\\["\\n]$'}, ['"x\\\\\\""', '"x\\\\\\n"'], ['"\\"\\\\n"']),
+    "pattern with escapes": (
+        {"type": "string", "pattern": '^[^"]\\\\["\\n]$'},
+        ['"x\\\\\\""', '"x\\\\\\n"'],
+        ['"\\"\\\\n"'],
+    ),
     "pattern and length": ({"type": "string", "pattern": "^(?:ab){1,2}$", "maxLength": 4}, ['"ab"', '"abab"'], ['"a"']),
-    "date": ({"type": "string", "format": "date"}, ['"2024-02-29"', '"1999-12-31"'], ['"2023-02-29"', '"2024-13-01"', '"1900-02-29"']),
-    "date-time": ({"type": "string", "format": "date-time"}, ['"2024-01-31T23:59:59Z"', '"2024-01-31T00:00:00.5+01:30"'], ['"2024-01-31"']),
+    "date": (
+        {"type": "string", "format": "date"},
+        ['"2024-02-29"', '"1999-12-31"'],
+        ['"2023-02-29"', '"2024-13-01"', '"1900-02-29"'],
+    ),
+    "date-time": (
+        {"type": "string", "format": "date-time"},
+        ['"2024-01-31T23:59:59Z"', '"2024-01-31T00:00:00.5+01:30"'],
+        ['"2024-01-31"'],
+    ),
     "time": ({"type": "string", "format": "time"}, ['"10:20:30Z"'], ['"24:00:00Z"', '"10:20"']),
     "uuid": ({"type": "string", "format": "uuid"}, ['"123e4567-e89b-12d3-a456-426614174000"'], ['"123e4567"']),
     "email": ({"type": "string", "format": "email"}, ['"a.b+c@example-1.org"'], ['"a@"', '"@b"']),
     "ipv4": ({"type": "string", "format": "ipv4"}, ['"192.168.0.255"'], ['"256.0.0.1"', '"1.2.3"']),
     "ipv6": ({"type": "string", "format": "ipv6"}, ['"2001:db8:0:0:0:0:0:1"'], ['"1:2"']),
-    "duration": ({"type": "string", "format": "duration"}, ['"P1Y2M3DT4H"', '"PT5M"', '"P2W"'], ['"P"', '"PT"', '"P1YT"']),
+    "duration": (
+        {"type": "string", "format": "duration"},
+        ['"P1Y2M3DT4H"', '"PT5M"', '"P2W"'],
+        ['"P"', '"PT"', '"P1YT"'],
+    ),
     "unknown format": ({"type": "string", "format": "hair-colour"}, ['"red"'], ["1"]),
     "annotations": (
         {"$schema": "x", "$id": "y", "title": "t", "description": "d", "default": 1, "examples": [], "type": "null"},
@@ -203,10 +238,38 @@ CASES: dict[str, tuple[Any, list[str], list[str]]] = {
     ),
     "implied types": ({"minLength": 1, "minimum": 2}, ['"a"', "2"], ['""', "1", "true"]),
     "odd keys": (thing(**{'a"b': {"type": "null"}, "é\n": {"type": "null"}}), ['{"a\\"b":null,"é\\n":null}'], ["{}"]),
-    "long string": ({"type": "string", "minLength": 1200, "maxLength": 3500}, [f'"{"x" * n}"' for n in (1200, 2000, 3500)], [f'"{"x" * n}"' for n in (1199, 3501)]),
+    "long string": (
+        {"type": "string", "minLength": 1200, "maxLength": 3500},
+        [f'"{"x" * n}"' for n in (1200, 2000, 3500)],
+        [f'"{"x" * n}"' for n in (1199, 3501)],
+    ),
     "endless string": ({"type": "string", "maxLength": 10**9}, ['"abc"'], ["1"]),
-    "object or list": ({"type": ["object", "array"], "items": {"type": "null"}, "properties": {}}, ["{}", "[null]"], ["[1]", "1"]),
-}  # fmt: skip
+    "recursion told apart by constants": (
+        {
+            "$ref": "#/$defs/expr",
+            "$defs": {
+                "kind": {"enum": ["add", "sub"]},
+                "expr": {
+                    "anyOf": [
+                        thing(
+                            kind={"$ref": "#/$defs/kind"}, left={"$ref": "#/$defs/expr"}, right={"$ref": "#/$defs/expr"}
+                        ),
+                        thing(kind={"const": "neg"}, of={"$ref": "#/$defs/expr"}),
+                        thing(list={"type": "array", "items": {"$ref": "#/$defs/expr"}}),
+                        {"type": "integer"},
+                    ]
+                },
+            },
+        },
+        ["1", '{"kind":"neg","of":{"kind":"add","left":1,"right":{"list":[2]}}}'],
+        ['{"kind":"neg","left":1}', '{"kind":"mul","left":1,"right":2}'],
+    ),
+    "object or list": (
+        {"type": ["object", "array"], "items": {"type": "null"}, "properties": {}},
+        ["{}", "[null]"],
+        ["[1]", "1"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -282,6 +345,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "(a)\\1"}, "/"),
     ({"type": "string", "pattern": "\\bx"}, "/"),
     ({"type": "string", "pattern": "(a*)*"}, "/"),
+    ({"type": "string", "pattern": "(a?){9}"}, "/"),
+    ({"type": "string", "pattern": "^(a{1,900}){1,900}$"}, "/"),
     ({"type": "string", "pattern": "a{2,1}"}, "/"),
     ({"type": "string", "pattern": "x(^a)"}, "/"),
     ({"type": "string", "pattern": "a**"}, "/"),
@@ -316,17 +381,45 @@ BOMBS: dict[str, Any] = {
     "long enum": {"enum": [str(n) * 200 for n in range(10**4, 10**4 + 1900)]},
     "product": {"allOf": [{"anyOf": [{"minimum": n}, {"maximum": n}, {"type": "null"}]} for n in range(40)]},
     "many properties": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(30_000)}},
-    "repetitions": {"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": 900 + n} for n in range(500)}},
+    "repetitions": {
+        "type": "object",
+        "properties": {f"p{n}": {"type": "string", "maxLength": 900 + n} for n in range(500)},
+    },
     "regex tower": {"type": "string", "pattern": "^" + "(" * 8 + "a" + "{1,999})" * 8 + "b{1,999}" * 400 + "$"},
     "ref fan-out": {
+        "$ref": "#/$defs/a0",
+        "$defs": {
+            f"{name}{n}": {"allOf": [{"$ref": f"#/$defs/{other}{n + 1}", "minimum": n} for other in order]}
+            for n in range(40)
+            for name, order in (("a", "ab"), ("b", "ba"))
+        }
+        | {"a40": {"type": "integer"}, "b40": {"type": "number"}},
+    },
+    "ways that multiply": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/a"}, "maxItems": n} for n in (5, 6)]}},
+    },
+    "ways that multiply by refs": {
+        "$ref": "#/$defs/a",
+        "$defs": {
+            "a": {"anyOf": [{"$ref": "#/$defs/b"}, {"$ref": "#/$defs/c"}, {"type": "null"}]},
+            "b": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}},
+            "c": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}, "y": {"type": "null"}}},
+        },
+    },
+    "ways that multiply without recursion": {
         "$ref": "#/$defs/l0",
         "$defs": {
-            f"l{n}": {"allOf": [{"$ref": f"#/$defs/l{n + 1}"}, {"$ref": f"#/$defs/l{n + 1}", "minimum": n}]} for n in range(40)
+            f"l{n}": {
+                "anyOf": [{"type": "array", "items": {"$ref": f"#/$defs/l{n + 1}"}, "minItems": k} for k in (0, 1)]
+            }
+            for n in range(20)
         }
-        | {"l40": {"type": "integer"}},
+        | {"l20": {"type": "null"}},
     },
+    "many optional properties": {"properties": {f"p{n}": {"type": "null"} for n in range(600)}},
     "many digits": {"type": "number", "minimum": 1e-300},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -445,3 +538,63 @@ def test_any_walk_through_any_schema_validates(vocabulary: Vocabulary, schema: A
     for _ in range(2):
         Validator(schema).validate(json.loads(grammar.walk(rng, 8000)))
     grammar.close()
+
+
+KEYWORDS = [
+    "type",
+    "items",
+    "prefixItems",
+    "additionalItems",
+    "minItems",
+    "maxItems",
+    "properties",
+    "required",
+    "additionalProperties",
+    "propertyNames",
+    "minProperties",
+    "maxProperties",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "format",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "enum",
+    "const",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+    "$defs",
+    "not",
+    "uniqueItems",
+    "multipleOf",
+    "title",
+]
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 12),
+    st.floats(),
+    st.sampled_from(
+        ["object", "array", "string", "integer", "number", "null", "#", "#/$defs/a", "#/items", "a", "^a+$"]
+    ),
+    st.text(max_size=3),
+)
+
+
+def junk(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    schemas = st.dictionaries(st.sampled_from(KEYWORDS), parts, max_size=4)
+    return st.one_of(schemas, st.lists(parts, max_size=3), st.dictionaries(st.sampled_from("ab"), parts, max_size=2))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(KEYWORDS), st.recursive(VALUES, junk, max_leaves=12), max_size=5), st.booleans())
+def test_any_json_gives_a_grammar_or_a_schema_error(vocabulary: Vocabulary, schema: Any, strict: bool) -> None:
+    try:
+        gbnf = schema_to_gbnf(schema, strict=strict)
+    except SchemaError:
+        return
+    vocabulary.grammar(gbnf).close()

@@ -6,17 +6,17 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gguf
 import pytest
 
 from edgellm.chat.template import CHATML, ChatTemplate, TemplateCaps, caps
 from edgellm.errors import ChatTemplateError
-from tests.chat.grammars import bundled_model
+from tests.chat.grammars import Vocabulary
 
 USER = {"role": "user", "content": "hi"}
 Make = Callable[..., ChatTemplate]
@@ -71,9 +71,8 @@ def make() -> Iterator[Make]:
         template.close()
 
 
-def test_the_bundled_model(make: Make) -> None:
-    source = gguf.GGUFReader(bundled_model()).fields["tokenizer.chat_template"].contents()
-    template = make(source)
+def test_the_bundled_model(make: Make, vocabulary: Vocabulary) -> None:
+    template = make(vocabulary.chat_template)
     assert template.caps() == TemplateCaps(system=True, tools=False, tool_calls=False, tool_role=True, parts=False)
     assert template.render_sync([USER]).endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert template.render_sync([USER], add_generation_prompt=False).endswith("hi<|im_end|>\n")
@@ -83,8 +82,10 @@ def test_tools_calls_and_results_reach_the_template(make: Make) -> None:
     template = make(HERMES)
     assert template.caps() == TemplateCaps(system=True, tools=True, tool_calls=True, tool_role=True, parts=False)
     assert template.render_sync(CALLED, tools=TOOLS) == (
-        '<s>system\nBe brief.\n{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}\n'
-        '</s>\n<s>user\nhi</s>\n<s>assistant\n<tool_call>\n{"name": "look_up", "arguments": {"q": "é<b>"}}\n</tool_call></s>\n'
+        "<s>system\nBe brief.\n"
+        '{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}\n</s>\n'
+        "<s>user\nhi</s>\n"
+        '<s>assistant\n<tool_call>\n{"name": "look_up", "arguments": {"q": "é<b>"}}\n</tool_call></s>\n'
         "<s>tool 42</s>\n<s>assistant\n"
     )
 
@@ -121,7 +122,7 @@ def test_a_template_that_wants_parts_gets_them(make: Make) -> None:
 
 def test_mistral_call_ids_are_shortened(make: Make) -> None:
     template = make(
-        "{% for m in messages %}{% for c in m.tool_calls %}{% if c.id|length != 9 %}{{ raise_exception('9') }}{% endif %}"
+        "{% for m in messages %}{% for c in m.tool_calls %}{% if c.id|length != 9 %}{{ no() }}{% endif %}"
         "{{ c.function.name }}{{ c.id }}{% endfor %}{{ m.content }}{{ m.tool_call_id }}{% endfor %}"
     )
     call = {**CALL, "id": "call_abcdefghi"}
@@ -167,7 +168,7 @@ def test_the_template_speaks_for_itself(make: Make) -> None:
         make("\n{% nonsense %}").render_sync([USER])
     with pytest.raises(ChatTemplateError, match="ZeroDivisionError"):
         make("{{ 1 / 0 }}").render_sync([USER])
-    with pytest.raises(ChatTemplateError, match="uses what is not there: .*nope"):
+    with pytest.raises(ChatTemplateError, match=r"uses what is not there: .*nope"):
         make("{{ messages[0].nope.more }}").render_sync([USER])
 
 
@@ -211,8 +212,8 @@ def test_the_sandbox_holds(make: Make, source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "took longer than 0.3 s"),
-        ("{{ 9 ** 9 ** 9 }}", "took longer than 0.3 s"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "took longer than 1 s"),
+        ("{{ 9 ** (boom * 9 ** 9) }}", "took longer than 1 s"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "tried to nest too deeply|ended its process"),
         ("{{ 'a' * 10 ** 10 }}", "tried to use more than 512 MiB"),
         ("{% for n in range(10 ** 9) %}{% endfor %}", "failed: OverflowError"),
@@ -222,10 +223,10 @@ def test_the_sandbox_holds(make: Make, source: str) -> None:
     ],
 )
 def test_bombs(make: Make, source: str, says: str) -> None:
-    template = make(f"{{% if boom %}}{source}{{% endif %}}ok", timeout_s=0.3 if "longer" in says else 10.0)
+    template = make(f"{{% if boom %}}{source}{{% endif %}}ok", timeout_s=1.0 if "longer" in says else 10.0)
     assert template.render_sync([USER]) == "ok"
     with pytest.raises(ChatTemplateError, match=says):
-        template.render_sync([USER], boom=True)
+        template.render_sync([USER], boom=1)
     assert template.render_sync([USER]) == "ok"  # as good as new
 
 
@@ -235,12 +236,10 @@ def test_a_killed_worker_is_replaced(make: Make) -> None:
     first = template.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    for _ in range(2):  # the loss may show only when the next message is sent
-        try:
-            assert template.render_sync([USER]) == "hi"
-            break
-        except ChatTemplateError as error:
-            assert "ended its process" in str(error)
+    deadline = time.monotonic() + 10
+    while template._process.alive and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert template.render_sync([USER]) == "hi"
     assert template.pid != first
 
 
@@ -286,7 +285,7 @@ def test_a_large_conversation_goes_both_ways(make: Make) -> None:
 def test_the_event_loop_goes_on_while_a_template_hangs(make: Make) -> None:
     template = make(
         "{% if spin %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
-        timeout_s=0.5,
+        timeout_s=1.0,
     )
     template.render_sync([USER])
 
@@ -320,3 +319,25 @@ def test_caps_of_a_source() -> None:
     start = time.monotonic()
     assert caps("{{ messages[0].content }}") == TemplateCaps(True, False, False, False, False)
     assert time.monotonic() - start < 30
+
+
+def test_closing_ends_a_render_under_way(make: Make) -> None:
+    template = make("{% if spin %}{{ 9 ** (spin * 9 ** 9) }}{% endif %}", timeout_s=60.0)
+    template.render_sync([USER])
+
+    async def close_while_rendering() -> None:
+        slow = asyncio.create_task(template.render([USER], spin=1))
+        await asyncio.sleep(0.05)
+        template.close()
+        with pytest.raises(ChatTemplateError):
+            await slow
+
+    asyncio.run(close_while_rendering())
+    assert template.pid is None
+
+
+def test_imports_are_light() -> None:
+    names = "template", "tool_calls", "json_schema", "text"
+    code = f"import sys; from edgellm.chat import {', '.join(names)}; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert not any(f"'{heavy}'" in loaded for heavy in ("numpy", "llama_cpp", "jinja2", "pydantic"))

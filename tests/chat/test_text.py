@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgellm.chat.text import TextAssembler
@@ -36,12 +36,14 @@ def run(pieces: list[bytes], stops: tuple[str, ...]) -> tuple[list[str], TextAss
     return out, assembler
 
 
+@settings(deadline=None)
 @given(PIECES, STOPS)
 def test_equals_the_reference(pieces: list[bytes], stops: tuple[str, ...]) -> None:
     out, assembler = run(pieces, stops)
     assert ("".join(out), assembler.stop_string) == reference(pieces, stops)
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_without_stop_strings_only_a_cut_character_is_held_back(pieces: list[bytes]) -> None:
     assembler = TextAssembler((), pieces.__getitem__)
@@ -56,6 +58,7 @@ def test_without_stop_strings_only_a_cut_character_is_held_back(pieces: list[byt
     assert assembler.tokens_released == len(pieces)
 
 
+@settings(deadline=None)
 @given(PIECES, STOPS)
 def test_a_token_is_released_with_the_last_of_its_text(pieces: list[bytes], stops: tuple[str, ...]) -> None:
     whole = b"".join(pieces).decode("utf-8", "replace")

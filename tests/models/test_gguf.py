@@ -176,6 +176,17 @@ REFUSED: dict[str, tuple[Raw, str]] = {
         ),
         "3 entries for 2 layers",
     ),
+    "rotary width": (
+        Raw(
+            pairs=[
+                ARCHITECTURE,
+                pair("llama.embedding_length", raw.UINT32, 64),
+                pair("llama.attention.head_count", raw.UINT32, 4),
+                pair("llama.rope.dimension_count", raw.UINT32, 8),
+            ]
+        ),
+        "differ in width: 16, 16, 8",
+    ),
     "context as text": (Raw(pairs=[ARCHITECTURE, pair("llama.context_length", raw.STRING, "9")]), "must be an integer"),
     "adapter alpha": (Raw(pairs=[ARCHITECTURE, pair("adapter.lora.alpha", raw.UINT32, 1)]), "must be float32"),
     "split number": (

@@ -1,4 +1,4 @@
-"""The estimate against llama.cpp's own allocations, and the memory that is there from made-up /proc and cgroup trees."""
+"""The estimate against what llama.cpp was seen to take; the memory there is, from made-up /proc and cgroup trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/lib/env.sh on a small project of its own: real virtual environments, real pip, no network and no compilation."""
+"""scripts/lib/env.sh on a small project of its own: real environments, real pip; no network, no compiling."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ COMMAND = "import sys\n\ndef main():\n    print('ran:', *sys.argv[1:])\n"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A checkout in a directory with a space, and the outcome of its first scripts/serve. Shared, in the order below."""
+    """A checkout under a path with a space, and its first scripts/serve. Shared by the tests, in the order below."""
     root = tmp_path_factory.mktemp("scripts") / "my checkout"
     shutil.copytree(SCRIPTS, root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in {"pyproject.toml": PYPROJECT, "backend.py": BACKEND, "command.py": COMMAND}.items():

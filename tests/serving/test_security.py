@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +21,9 @@ from edgellm.errors import ConfigError
 from serving.errors import install
 from serving.hosts import HostRule, same_origin, split_authority
 from serving.keys import ApiKeys, load_api_keys
+from serving.metrics import CountRequests, Metrics
 from serving.security import wrap
+from serving.streaming import run_until_disconnect, sse_response
 from tests.serving.live import Answer, Connection, serve
 
 LIMIT = 2048
@@ -357,6 +361,43 @@ class TestRequestId:
     def test_refusals_have_one(self, port: int) -> None:
         assert ask(port, "GET", "/", [("Host", "evil.example")]).header("x-request-id")
         assert ask(port, "GET", "/nowhere", [("Host", "localhost")]).header("x-request-id")
+
+
+def test_a_client_that_goes_away_is_noticed_through_all_of_them(tmp_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    app = FastAPI()
+    install(app)
+
+    async def events() -> AsyncIterator[bytes]:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+            yield b"{}"
+        finally:
+            ended.set()
+
+    @app.post("/stream")
+    async def stream(body: dict[str, Any]) -> Response:
+        return sse_response(events())
+
+    @app.post("/plain")
+    async def plain(request: Request, body: dict[str, Any]) -> Response:
+        return Response(await run_until_disconnect(request, anext(events())))
+
+    keys = tmp_path / "keys"
+    keys.write_text("k\n")
+    keys.chmod(0o600)
+    settings = Settings(api_key_file=keys, cors_origin=("http://a.example",))
+    with serve(CountRequests(wrap(app, settings), Metrics(lambda: []))) as port:
+        for path in ("/stream", "/plain"):
+            begun.clear()
+            ended.clear()
+            with Connection(port) as connection:
+                headers = [("Host", "localhost"), JSON, ("Authorization", "Bearer k"), ("Content-Length", "2")]
+                connection.send("POST", path, [*headers, ("Origin", "http://a.example")], b"{}")
+                assert begun.wait(10)
+                assert not ended.is_set()
+            assert ended.wait(10)
 
 
 def test_websockets_are_refused(port: int) -> None:

@@ -261,3 +261,35 @@ def test_half_a_request_harms_nobody(port: int, half: bytes) -> None:
     connection.socket.sendall(half)
     connection.close()
     assert ask(port, "/plain").status == 200
+
+
+def test_cancelling_the_response_cancels_the_iterator() -> None:
+    """As the server does with what is left when its grace is over."""
+
+    async def run() -> list[str]:
+        seen: list[str] = []
+
+        async def events() -> AsyncIterator[Event]:
+            try:
+                yield b"{}"
+                seen.append("begun")
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)  # cleaning up may take its time
+                seen.append("closed")
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            seen.append(message["type"])
+
+        task = asyncio.create_task(sse_response(events())({"type": "http"}, receive, send))
+        while "begun" not in seen:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return seen
+
+    assert asyncio.run(run()) == ["http.response.start", "http.response.body", "begun", "closed"]

@@ -20,7 +20,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_WORDS = ("the", "and", "of", "to", "in", "hello", "world", "true", "false", "null", "name", "you", "is", "what")
+_WORDS = ("the", "and", "of", "to", "in", "hello", "world", "true", "false", "null", "name", "you", "is", "user")
 
 
 def byte_symbols() -> list[str]:

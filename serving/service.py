@@ -1,0 +1,183 @@
+"""What the routes share: the models, their chat templates, and the way from a request's text to token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from edgellm.chat.template import ChatTemplate
+from edgellm.config import Settings
+from edgellm.engine.engine import Engine
+from edgellm.engine.loaded import LoadedModel
+from edgellm.engine.manager import ModelManager
+from edgellm.engine.types import AdapterUse
+from edgellm.errors import ContextLengthError, RequestError, ShuttingDownError
+from edgellm.models.bundled import DEFAULT_MODEL
+from edgellm.models.store import ModelStore
+from serving.metrics import Metrics, ModelSnapshot
+
+_log = logging.getLogger(__name__)
+
+_INLINE_BYTES = 1 << 15  # longer texts are tokenised in a thread, so that the event loop goes on
+_BYTES_PER_TOKEN = 16  # texts shorter than this for each token of the context are tokenised without a second thought
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """A model in use by a request, with the adapters that the request asks for."""
+
+    loaded: LoadedModel
+    models: ModelManager
+    adapters: tuple[AdapterUse, ...]  # that the model's name stands for
+
+
+class Service:
+    """One server's state. Created before the event loop runs; `close` ends everything."""
+
+    def __init__(self, settings: Settings, store: ModelStore | None = None) -> None:
+        """Raises ModelNotFoundError if a model of the settings is not there."""
+        self.settings = settings
+        self.engine = Engine()
+        self.store = store or ModelStore()
+        self._templates: dict[tuple[str, str], ChatTemplate] = {}
+        try:
+            self.models = ModelManager(settings, self.store, self.engine, DEFAULT_MODEL, self._forget_templates)
+        except BaseException:
+            self.engine.close()
+            raise
+        self.metrics = Metrics(self._snapshot)
+        self.closing = False
+        self.active_requests = 0
+
+    def start(self) -> None:
+        """Loads the default model and the adapters of the settings. Takes a while; raises what loading raises."""
+        model, _ = self.models.resolve(None)
+        with self.models.use(model) as loaded:
+            self.template(loaded).caps()  # starts its process now rather than at the first request
+        for spec in self.settings.adapter:
+            name, _, path = spec.partition("=")
+            self.models.load_adapter(name, Path(path).expanduser())
+
+    def cut_off(self) -> None:
+        """Ends every request that still runs with a ShuttingDownError. May be called from any thread."""
+        self.closing = True
+        self.models.close()
+        for loaded in self.models.loaded():
+            self.engine.post(partial(loaded.runner.fail_all, ShuttingDownError("The server is shutting down")))
+            if loaded.embedder is not None:
+                self.engine.post(partial(loaded.embedder.fail_all, ShuttingDownError("The server is shutting down")))
+
+    def close(self) -> None:
+        """Ends requests that still run, unloads the models, stops the thread and the template processes."""
+        self.closing = True
+        self.models.close()
+        self.engine.close()
+        for template in self._templates.values():
+            template.close()
+        self._templates.clear()
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(self, name: str | None) -> AsyncIterator[Leased]:
+        """The model that a request names, loaded if need be, and kept until the block ends."""
+        if self.closing:
+            raise ShuttingDownError("The server is shutting down")
+        model, own = self.models.resolve(name)
+        loaded = self.models.acquire_loaded(model.name)
+        if loaded is None:
+            # Shielded: another request may be waiting for this very load, and a lease must not be lost.
+            loading = asyncio.ensure_future(asyncio.to_thread(self.models.acquire, model))
+            try:
+                loaded = await asyncio.shield(loading)
+            except asyncio.CancelledError:
+                loading.add_done_callback(self._release_orphan)
+                raise
+        self.active_requests += 1
+        try:
+            yield Leased(loaded, self.models, own)
+        finally:
+            self.active_requests -= 1
+            self.models.release(loaded)
+
+    def _release_orphan(self, loading: asyncio.Future[LoadedModel]) -> None:
+        if not loading.cancelled() and loading.exception() is None:
+            self.models.release(loading.result())
+
+    def template(self, loaded: LoadedModel, *, tools: bool = False) -> ChatTemplate:
+        """The model's chat template, the one for tools where there is one and `tools` is set."""
+        named = "tool_use" if tools and "tool_use" in loaded.info.named_templates else ""
+        key = (loaded.name, named)
+        found = self._templates.get(key)
+        if found is None:
+            vocab = loaded.vocab
+            source = loaded.info.named_templates[named] if named else loaded.info.chat_template
+            found = ChatTemplate(
+                source, bos_token=vocab.special_piece(vocab.bos), eos_token=vocab.special_piece(vocab.eos)
+            )
+            found = self._templates.setdefault(key, found)
+        return found
+
+    def _forget_templates(self, model: str) -> None:
+        for key in [key for key in self._templates if key[0] == model]:
+            self._templates.pop(key).close()
+
+    # --- text to tokens -------------------------------------------------------------------------------------------
+
+    async def tokenize(
+        self, loaded: LoadedModel, text: str, *, limit: int, param: str, add_special: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt of at most `limit` tokens. `<|im_start|>` and the like count as tokens.
+
+        Raises ContextLengthError; texts that cannot fit are not tokenised at all.
+        """
+        size = len(text.encode())
+        if size <= _INLINE_BYTES:
+            tokens = loaded.vocab.tokenize(text, add_special=add_special, parse_special=True)
+        else:
+            tokens = await asyncio.to_thread(_tokenize_long, loaded, text, size, limit, param, add_special)
+        if len(tokens) > limit:
+            raise ContextLengthError(len(tokens), limit, param=param)
+        return tuple(tokens)
+
+    @staticmethod
+    def check_tokens(loaded: LoadedModel, tokens: tuple[int, ...], *, limit: int, param: str) -> tuple[int, ...]:
+        """The same for a prompt that came as token ids. Raises RequestError for ids the vocabulary lacks."""
+        unknown = next((token for token in tokens if token >= loaded.vocab.n_tokens), None)
+        if unknown is not None:
+            raise RequestError(f"The model has no token {unknown}: its vocabulary has {loaded.vocab.n_tokens}", param)
+        if len(tokens) > limit:
+            raise ContextLengthError(len(tokens), limit, param=param)
+        return tokens
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Iterator[ModelSnapshot]:
+        for loaded in self.models.loaded():
+            runner = loaded.runner
+            ledger = runner.cache.ledger
+            yield ModelSnapshot(
+                model=loaded.name,
+                queued_requests=runner.waiting,
+                active_sequences=runner.running,
+                kv_cells_used=ledger.used,
+                kv_cells_total=ledger.capacity,
+                prefix_lookups=runner.cache.lookups,
+                prefix_hits=runner.cache.hits,
+                preemptions=runner.stats.preemptions,
+                step_seconds=runner.stats.step_seconds,
+                decode_seconds=runner.stats.decode_seconds,
+            )
+
+
+def _tokenize_long(loaded: LoadedModel, text: str, size: int, limit: int, param: str, add_special: bool) -> list[int]:
+    if size > limit * _BYTES_PER_TOKEN:
+        least = size // loaded.vocab.longest_piece_bytes
+        if least > limit:
+            raise ContextLengthError(least, limit, at_least=True, param=param)
+    return loaded.vocab.tokenize(text, add_special=add_special, parse_special=True)
