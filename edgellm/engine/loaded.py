@@ -24,6 +24,7 @@ _DEFAULT_CONTEXT_TOKENS = 8192
 _EMBEDDING_CONTEXT_TOKENS = 2048
 _EMBEDDING_BATCH_TOKENS = 128  # llama.cpp computes the logits of every embedded row too: keep them few
 _IDLE_SEQUENCES = 24
+_IDLE_SHARE = 4  # finished sequences keep at most a quarter of the cells: see PrefixCache
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +94,7 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         context,
         context.context_tokens,
         sequences=sequences,
-        idle_cells=context.context_tokens // 2,
+        idle_cells=context.context_tokens // _IDLE_SHARE,
         can_roll_back=model.can_roll_back,
     )
     limits = RunnerLimits(
