@@ -19,6 +19,9 @@ from serving.wire.sampling import SEEDS
 from serving.wire.tools import AllowedToolsChoice, JsonSchemaResponseFormat, NamedToolChoice
 
 
+_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
+
+
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
     """Which tools the model sees, and what it may do with them."""
@@ -59,13 +62,16 @@ class ChatJob:
 async def prepare_chat(service: Service, leased: Leased, request: ChatCompletionRequest) -> ChatJob:
     """Renders the prompt and chooses the grammar. Raises RequestError and its kin."""
     loaded = leased.loaded
+    extra = request.chat_template_kwargs or {}
+    if taken := sorted(_TEMPLATE_ARGUMENTS & set(extra)):
+        raise RequestError(f"The template variable {taken[0]!r} is not free", "chat_template_kwargs")
     plan = plan_tools(request)
     template = service.template(loaded, tools=bool(plan.tools))
     text = await template.render(
         _messages(request),
         tools=plan.tools or None,
         continue_final_message=request.continue_final_message,
-        **(request.chat_template_kwargs or {}),
+        **extra,
     )
     limit = loaded.context_tokens - 1  # at least one token of answer
     add_special = not text.startswith(loaded.vocab.special_piece(loaded.vocab.bos)) if loaded.vocab.adds_bos else True

@@ -75,7 +75,7 @@ class Generation:
         limit_s = service.settings.request_timeout_s
         self._metrics: ModelMetrics = service.metrics.for_model(loaded.name)
         self._arrived_s = arrived_s
-        self._stream = EventStream(service.engine, timeout_s=min(timeout_s or limit_s, limit_s))
+        self._stream = EventStream(service.bridge(), timeout_s=min(timeout_s or limit_s, limit_s))
         self._answers = {
             (number, index): _Answer(stops, loaded, len(request.prompt))
             for number, request in enumerate(requests)

@@ -15,6 +15,7 @@ from edgellm.config import Settings
 from edgellm.engine.engine import Engine
 from edgellm.engine.loaded import LoadedModel
 from edgellm.engine.manager import ModelManager
+from edgellm.engine.stream import EventLoopBridge
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import ContextLengthError, RequestError, ShuttingDownError
 from edgellm.models.bundled import DEFAULT_MODEL
@@ -44,6 +45,7 @@ class Service:
         self.settings = settings
         self.engine = Engine()
         self.store = store or ModelStore()
+        self._bridge: EventLoopBridge | None = None
         self._templates: dict[tuple[str, str], ChatTemplate] = {}
         try:
             self.models = ModelManager(settings, self.store, self.engine, DEFAULT_MODEL, self._forget_templates)
@@ -80,6 +82,12 @@ class Service:
         for template in self._templates.values():
             template.close()
         self._templates.clear()
+
+    def bridge(self) -> EventLoopBridge:
+        """The engine's way into the running event loop."""
+        if self._bridge is None:
+            self._bridge = EventLoopBridge(self.engine)
+        return self._bridge
 
     # --- models ---------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._workers: list[Worker] = []
         self._closing = False
+        self.after_step: Callable[[], None] = lambda: None
+        """Called on the engine thread when events may have gone to their sinks: after every step, and in between."""
         self._thread = threading.Thread(target=self._run, name="edgellm-engine", daemon=True)
         self._thread.start()
 
@@ -122,14 +124,17 @@ class Engine:
     def _run(self) -> None:
         while not self._closing:
             self._take_messages()
+            self.after_step()  # messages report errors, too
             for worker in tuple(self._workers):
                 if worker.has_work:
                     self._step(worker)
+                    self.after_step()
         self._drain()
         for worker in self._workers:
             worker.fail_all(ShuttingDownError("The server is shutting down"))
             worker.close()
         self._workers.clear()
+        self.after_step()
 
     def _take_messages(self) -> None:
         """All that wait; when there is nothing else to do, waits for one."""

@@ -94,7 +94,7 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         context,
         context.context_tokens,
         sequences=sequences,
-        idle_cells=context.context_tokens // _IDLE_SHARE,
+        idle_cells=int(__import__("os").environ.get("LAB_IDLE","2048")),
         can_roll_back=model.can_roll_back,
     )
     limits = RunnerLimits(
