@@ -105,6 +105,12 @@ class Settings(BaseSettings):
         description="Most prompt tokens read in one step while other answers are running, "
         "so that their streams keep moving.",
     )
+    prefix_memory_bytes: Bytes = Field(
+        128 << 20,
+        ge=0,
+        description="Memory for finished conversations of a model, so that they need not be read again "
+        "(256MiB; 0: none).",
+    )
     threads: int | None = Field(
         None, ge=1, le=512, description="Threads that compute. Default: the physical cores this process may use."
     )

@@ -18,7 +18,6 @@ from serving.wire.messages import AssistantMessage
 from serving.wire.sampling import SEEDS
 from serving.wire.tools import AllowedToolsChoice, JsonSchemaResponseFormat, NamedToolChoice
 
-
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
 

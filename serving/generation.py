@@ -13,7 +13,7 @@ from edgellm.engine.stream import EventStream
 from edgellm.engine.types import ErrorEvent, FinishEvent, FinishReason, GenerateRequest, TokenEvent, TokenLogprob, Usage
 from edgellm.errors import RequestError
 from serving.metrics import ModelMetrics
-from serving.service import Service
+from serving.service import Leased, Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Generation:
     def __init__(
         self,
         service: Service,
-        loaded: LoadedModel,
+        leased: Leased,
         requests: Sequence[GenerateRequest],
         stops: tuple[str, ...],
         *,
@@ -73,29 +73,30 @@ class Generation:
     ) -> None:
         """`arrived_s` is when the HTTP request came (time.perf_counter), for the time to first token."""
         limit_s = service.settings.request_timeout_s
-        self._metrics: ModelMetrics = service.metrics.for_model(loaded.name)
+        self._metrics: ModelMetrics = service.metrics.for_model(leased.loaded.name)
         self._arrived_s = arrived_s
         self._stream = EventStream(service.bridge(), timeout_s=min(timeout_s or limit_s, limit_s))
         self._answers = {
-            (number, index): _Answer(stops, loaded, len(request.prompt))
+            (number, index): _Answer(stops, leased.loaded, len(request.prompt))
             for number, request in enumerate(requests)
             for index in range(request.n)
         }
         for request in requests:
-            self._stream.submit(loaded.runner, request)
+            self._stream.submit(leased.loaded.runner, request)
+        leased.arrival.over()
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Every piece until all answers are complete. Raises what the engine reports."""
         open_answers = len(self._answers)
         try:
             while open_answers:
-                for number, event in await self._stream.next():
+                for number, event, drawn_s in await self._stream.next():
                     if isinstance(event, ErrorEvent):
                         raise event.error
                     answer = self._answers[number, event.index]
                     if answer.finished:
                         continue
-                    piece = self._piece(number, answer, event)
+                    piece = self._piece(number, answer, event, drawn_s)
                     if piece.finish is not None:
                         answer.finished = True
                         open_answers -= 1
@@ -118,16 +119,15 @@ class Generation:
         """Cancels what still runs. Idempotent."""
         self._stream.close()
 
-    def _piece(self, number: int, answer: _Answer, event: TokenEvent | FinishEvent) -> Piece:
+    def _piece(self, number: int, answer: _Answer, event: TokenEvent | FinishEvent, drawn_s: float) -> Piece:
         if isinstance(event, FinishEvent):
             text, logprobs = answer.finish()
             return Piece(number, event.index, text, logprobs, event.reason, self._count(event.usage))
-        now = time.perf_counter()
         if answer.last_token_s:
-            self._metrics.observe_inter_token_s(now - answer.last_token_s)
+            self._metrics.observe_inter_token_s(drawn_s - answer.last_token_s)
         else:
-            self._metrics.observe_ttft_s(now - self._arrived_s)
-        answer.last_token_s = now
+            self._metrics.observe_ttft_s(drawn_s - self._arrived_s)
+        answer.last_token_s = drawn_s
         text, logprobs = answer.feed(event)
         if not answer.text.stopped:
             return Piece(number, event.index, text, logprobs)

@@ -28,6 +28,20 @@ _INLINE_BYTES = 1 << 15  # longer texts are tokenised in a thread, so that the e
 _BYTES_PER_TOKEN = 16  # texts shorter than this for each token of the context are tokenised without a second thought
 
 
+class _Arrival:
+    """Tells the engine that a request is being made ready, until it is submitted or given up."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        engine.arriving += 1
+
+    def over(self) -> None:
+        """Idempotent."""
+        if self._engine is not None:
+            self._engine.arriving -= 1
+            self._engine = None
+
+
 @dataclass(frozen=True, slots=True)
 class Leased:
     """A model in use by a request, with the adapters that the request asks for."""
@@ -35,6 +49,7 @@ class Leased:
     loaded: LoadedModel
     models: ModelManager
     adapters: tuple[AdapterUse, ...]  # that the model's name stands for
+    arrival: _Arrival
 
 
 class Service:
@@ -106,10 +121,12 @@ class Service:
             except asyncio.CancelledError:
                 loading.add_done_callback(self._release_orphan)
                 raise
+        leased = Leased(loaded, self.models, own, _Arrival(self.engine))
         self.active_requests += 1
         try:
-            yield Leased(loaded, self.models, own)
+            yield leased
         finally:
+            leased.arrival.over()
             self.active_requests -= 1
             self.models.release(loaded)
 

@@ -16,6 +16,7 @@ from edgellm.backend.model import Adapter, Model
 from edgellm.errors import BackendError, ModelLoadError
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 MAX_SEQUENCES = 256
 """Sequence ids a unified cache accepts (`LLAMA_MAX_SEQ`)."""
@@ -46,6 +47,10 @@ class ContextParams:
     flash_attention: Literal["auto", "on", "off"] = "auto"
     embeddings: bool = False  # rows yield embeddings instead of logits
     eval_callback: EvalCallback | None = None
+
+
+def _pointer(data: Bytes) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class CacheFullError(BackendError):
@@ -122,6 +127,18 @@ class Context:
     def copy(self, source: int, target: int, end: int) -> None:
         """Lets `target` share positions [0, end) of `source`. No cell is copied; a recurrent state is copied whole."""
         lib().llama_memory_seq_cp(self._memory, source, target, 0, end)
+
+    def save(self, sequence: int) -> Bytes:
+        """A copy of what the cache holds for `sequence`, (bytes,): cells or recurrent state."""
+        low = lib()
+        size = low.llama_state_seq_get_size(self._handle, sequence)
+        data = np.empty(size, np.uint8)
+        written = low.llama_state_seq_get_data(self._handle, _pointer(data), size, sequence)
+        return data[:written]
+
+    def load(self, sequence: int, data: Bytes) -> bool:
+        """Gives `sequence` what `save` copied. False if there is no run of free cells long enough."""
+        return bool(lib().llama_state_seq_set_data(self._handle, _pointer(data), data.nbytes, sequence))
 
     def last_position(self, sequence: int) -> int:
         """The highest position held for `sequence`, -1 if none."""

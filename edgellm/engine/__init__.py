@@ -1,0 +1,1 @@
+"""Sequences, scheduler, prefix cache, the engine thread: token ids in, token events out; knows no text, no HTTP."""

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from edgellm.backend.context import Bytes
 from edgellm.engine.cells import CellLedger
 from edgellm.engine.types import AdapterUse
 
 AdapterSet = tuple[AdapterUse, ...]
 
 _COMPARE_BLOCK = 256
+_WORTH_SAVING_TOKENS = 64  # shorter prompts are computed again about as fast as they are brought back
 
 
 class Memory(Protocol):
@@ -24,6 +26,10 @@ class Memory(Protocol):
     def remove(self, sequence: int, start: int = 0, end: int = -1) -> bool: ...
 
     def copy(self, source: int, target: int, end: int) -> None: ...
+
+    def save(self, sequence: int) -> Bytes: ...
+
+    def load(self, sequence: int, data: Bytes) -> bool: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +40,15 @@ class Entry:
     adapters: AdapterSet
     tokens: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)  # parallel to tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """A finished sequence that was moved out of the KV cells into ordinary memory."""
+
+    adapters: AdapterSet
+    tokens: list[int]
+    data: Bytes
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -51,12 +66,20 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 class PrefixCache:
     """Hands out sequence ids, remembers finished sequences, and evicts the least recently used when cells run short.
 
-    `idle_cells` bounds what finished sequences may keep: attention scans every cell up to the highest one in use, so
-    remembering more costs every running sequence time.
+    `idle_cells` bounds what finished sequences may keep in the KV cells: attention scans every cell up to the highest
+    one in use, so remembering more there costs every running sequence time. What goes out is copied to ordinary memory,
+    up to `saved_bytes`, and brought back when a prompt continues it.
     """
 
     def __init__(
-        self, memory: Memory, capacity: int, *, sequences: int, idle_cells: int, can_roll_back: bool = True
+        self,
+        memory: Memory,
+        capacity: int,
+        *,
+        sequences: int,
+        idle_cells: int,
+        saved_bytes: int = 0,
+        can_roll_back: bool = True,
     ) -> None:
         self._memory = memory
         self._can_roll_back = can_roll_back
@@ -64,6 +87,8 @@ class PrefixCache:
         self._free_ids = list(range(sequences - 1, -1, -1))
         self._live: dict[int, Entry] = {}
         self._idle: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+        self._saved: list[Saved] = []  # least recently used first
+        self._saved_limit = saved_bytes
         self.ledger = CellLedger(capacity)
         self.lookups = 0
         self.hits = 0  # lookups that found some prefix
@@ -87,6 +112,11 @@ class PrefixCache:
         usable = list(tokens[:-1])
         source, length = self._longest(usable, adapters)
         self.lookups += 1
+        entry = self._restore(usable, adapters, length)
+        if entry is not None:
+            self.hits += 1
+            self._live[entry.sequence] = entry
+            return entry
         self.hits += length > 0
         if source is not None and length == len(source.tokens) and source.sequence in self._idle:
             entry = self._idle.pop(source.sequence)  # continued where it ended: no copy needed
@@ -132,6 +162,11 @@ class PrefixCache:
         while len(self._idle) > 1 and sum(len(idle.cells) for idle in self._idle.values()) > self._idle_cells:
             self._evict_oldest()
 
+    @property
+    def saved_bytes(self) -> int:
+        """Ordinary memory that finished sequences take."""
+        return sum(saved.data.nbytes for saved in self._saved)
+
     def discard(self, entry: Entry) -> None:
         """The sequence leaves and frees its cells at once: preemption, failure, or a withdrawn adapter."""
         self._live.pop(entry.sequence, None)
@@ -142,6 +177,7 @@ class PrefixCache:
         """Forgets idle entries made with the adapter `name`: the name may come to mean another file."""
         for entry in [e for e in self._idle.values() if any(use.name == name for use in e.adapters)]:
             self.discard(entry)
+        self._saved = [saved for saved in self._saved if all(use.name != name for use in saved.adapters)]
 
     def _longest(self, tokens: list[int], adapters: AdapterSet) -> tuple[Entry | None, int]:
         best: Entry | None = None
@@ -156,6 +192,39 @@ class PrefixCache:
                 best, best_length = entry, length
         return best, best_length
 
+    def _restore(self, tokens: list[int], adapters: AdapterSet, in_cells: int) -> Entry | None:
+        """Brings back the saved sequence that shares the longest prefix with `tokens`, if that is worth it: clearly
+        longer than the `in_cells` tokens that the cells offer already."""
+        candidates = [(common_prefix(s.tokens, tokens), s) for s in self._saved if s.adapters == adapters]
+        length, saved = max(candidates, key=lambda pair: pair[0], default=(0, None))
+        if saved is None or length < in_cells + _WORTH_SAVING_TOKENS:
+            return None
+        if (not self._can_roll_back and length < len(saved.tokens)) or not self.reserve(len(saved.tokens)):
+            return None
+        entry = Entry(self._take_id(keep=None), adapters)
+        if not self._memory.load(entry.sequence, saved.data):
+            self._forget(entry)  # the free cells lie scattered
+            return None
+        self.append(entry, saved.tokens)
+        self.truncate(entry, length)
+        if saved in self._saved:  # making room may have pushed it out
+            self._saved.remove(saved)
+            if length < len(saved.tokens):
+                self._saved.append(saved)  # something else may continue the rest of it
+        return entry
+
+    def _save(self, entry: Entry) -> None:
+        if len(entry.tokens) < _WORTH_SAVING_TOKENS or not self._saved_limit:
+            return
+        mine = [saved for saved in self._saved if saved.adapters == entry.adapters]
+        if any(common_prefix(saved.tokens, entry.tokens) == len(entry.tokens) for saved in mine):
+            return
+        covered = [saved for saved in mine if common_prefix(saved.tokens, entry.tokens) == len(saved.tokens)]
+        self._saved = [saved for saved in self._saved if saved not in covered]
+        self._saved.append(Saved(entry.adapters, list(entry.tokens), self._memory.save(entry.sequence)))
+        while self.saved_bytes > self._saved_limit:
+            self._saved.pop(0)
+
     def _share(self, source: Entry, target: Entry, length: int) -> None:
         self._memory.copy(source.sequence, target.sequence, length)
         target.tokens = source.tokens[:length]
@@ -167,11 +236,13 @@ class PrefixCache:
     def _take_id(self, keep: Entry | None) -> int:
         if not self._free_ids:
             oldest = next(entry for entry in self._idle.values() if entry is not keep)
+            self._save(oldest)
             self.discard(oldest)
         return self._free_ids.pop()
 
     def _evict_oldest(self) -> None:
         _, entry = self._idle.popitem(last=False)
+        self._save(entry)
         self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:

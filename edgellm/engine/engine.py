@@ -6,9 +6,11 @@ a step each.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -21,6 +23,7 @@ from edgellm.errors import BackendError, ShuttingDownError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_GATHER_S = 0.01
 
 Worker = Runner | Embedder
 
@@ -58,6 +61,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._workers: list[Worker] = []
         self._closing = False
+        self.arriving = 0
+        """Requests that are being made ready to be submitted; their preparer keeps count."""
         self.after_step: Callable[[], None] = lambda: None
         """Called on the engine thread when events may have gone to their sinks: after every step, and in between."""
         self._thread = threading.Thread(target=self._run, name="edgellm-engine", daemon=True)
@@ -140,7 +145,16 @@ class Engine:
         """All that wait; when there is nothing else to do, waits for one."""
         if not any(worker.has_work for worker in self._workers):
             self._handle(self._inbox.get())
+            self._gather()
         self._drain()
+
+    def _gather(self) -> None:
+        """After a rest, requests that come together start together: one step over all their prompts is faster than a
+        step for the first while the others wait."""
+        until_s = time.perf_counter() + _GATHER_S
+        while self.arriving > 0 and (rest_s := until_s - time.perf_counter()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._inbox.get(timeout=rest_s))
 
     def _drain(self) -> None:
         while True:

@@ -24,7 +24,7 @@ _DEFAULT_CONTEXT_TOKENS = 8192
 _EMBEDDING_CONTEXT_TOKENS = 2048
 _EMBEDDING_BATCH_TOKENS = 128  # llama.cpp computes the logits of every embedded row too: keep them few
 _IDLE_SEQUENCES = 24
-_IDLE_SHARE = 4  # finished sequences keep at most a quarter of the cells: see PrefixCache
+_IDLE_SHARE = 16  # finished sequences keep at most this part of the cells: see PrefixCache
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +94,8 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         context,
         context.context_tokens,
         sequences=sequences,
-        idle_cells=int(__import__("os").environ.get("LAB_IDLE","2048")),
+        idle_cells=context.context_tokens // _IDLE_SHARE,
+        saved_bytes=settings.prefix_memory_bytes,
         can_roll_back=model.can_roll_back,
     )
     limits = RunnerLimits(

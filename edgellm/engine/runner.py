@@ -349,7 +349,8 @@ class Runner:
                 self.cache.discard(share.answer.entry)
                 share.answer.entry = None
         for job in dict.fromkeys(share.answer.job for share in shares):
-            self._fail_job(job, error)
+            if job.unfinished:
+                self._fail_job(job, error)
 
     def _fail_job(self, job: Job, error: EdgeLLMError) -> None:
         for answer in job.answers:
@@ -370,7 +371,11 @@ class Runner:
                 job.sink(events)
 
     def fail_all(self, error: EdgeLLMError) -> None:
-        """Ends every request with `error`."""
+        """Ends every request with `error`. Nothing they computed is kept: after a failure it cannot be trusted."""
+        for answer in self._running:
+            if answer.entry is not None:
+                self.cache.discard(answer.entry)
+                answer.entry = None
         for job in dict.fromkeys(answer.job for answer in (*self._running, *self._waiting)):
             self._fail_job(job, error)
         self._deliver()

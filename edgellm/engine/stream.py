@@ -4,39 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 from edgellm.engine.engine import Engine, Ticket
 from edgellm.engine.runner import Runner
-from edgellm.engine.types import ErrorEvent, Event, GenerateRequest
+from edgellm.engine.types import ErrorEvent, Event, GenerateRequest, TokenEvent
 from edgellm.errors import RequestTimeoutError
 
 _PATIENCE_S = 0.002
+_INTERVAL_S = 0.015  # tokens that come faster than this travel together
 
 
 class EventLoopBridge:
     """Carries the events of a step from the engine thread into the event loop, all at once.
 
     Then it waits, for a moment at most, until the loop has sent them on. Where there are no more cores than computing
-    threads, a loop that works beside llama.cpp takes a core from one of its threads while the others spin and wait for
-    that one: measured on two cores, sending a token that way cost 1.2 ms, and in the pause between two steps 0.2 ms.
+    threads, a loop that works beside llama.cpp takes a core from one of its threads, while the others spin and wait for
+    that one. Waiting costs a few tenths of a millisecond; so tokens of very fast models travel together, at most
+    `_INTERVAL_S` seconds late. First tokens and endings never wait.
     """
 
     def __init__(self, engine: Engine) -> None:
         """Attaches itself to the engine. Create it in the event loop."""
         self._loop = asyncio.get_running_loop()
-        self._pending: list[tuple[EventStream, int, list[Event]]] = []
+        self._pending: list[_Post] = []
+        self._urgent = False
+        self._sent_s = 0.0
         self._sent = threading.Event()
         self.engine = engine
         engine.after_step = self._flush
 
     def post(self, stream: EventStream, number: int, events: list[Event]) -> None:
         """Keeps events for the end of the step. On the engine thread."""
-        self._pending.append((stream, number, events))
+        first = number not in stream.started
+        self._urgent = self._urgent or first or any(not isinstance(event, TokenEvent) for event in events)
+        stream.started.add(number)
+        self._pending.append((stream, number, events, time.perf_counter()))
 
     def _flush(self) -> None:
         if not self._pending:
             return
+        now = time.perf_counter()
+        if not self._urgent and now - self._sent_s < _INTERVAL_S:
+            return
         pending, self._pending = self._pending, []
+        self._urgent, self._sent_s = False, now
         self._sent.clear()
         try:
             self._loop.call_soon_threadsafe(self._deliver, pending)
@@ -44,9 +56,9 @@ class EventLoopBridge:
             return
         self._sent.wait(_PATIENCE_S)
 
-    def _deliver(self, pending: list[tuple[EventStream, int, list[Event]]]) -> None:
-        for stream, number, events in pending:
-            stream.receive(number, events)
+    def _deliver(self, pending: list[_Post]) -> None:
+        for stream, number, events, drawn_s in pending:
+            stream.receive(number, events, drawn_s)
         self._loop.call_soon(self._sent.set)  # its turn comes after the tasks that were woken just now
 
 
@@ -58,7 +70,8 @@ class EventStream:
         self._bridge = bridge
         self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
-        self._events: list[tuple[int, Event]] = []
+        self._events: list[tuple[int, Event, float]] = []
+        self.started: set[int] = set()  # requests that have reported something; the engine thread's
         self._waiter: asyncio.Future[None] | None = None
         self._timeout_s = timeout_s
         self._timer = self._loop.call_later(timeout_s, self._expire) if timeout_s < 1e9 else None
@@ -73,8 +86,9 @@ class EventStream:
         self._tickets.append(self._bridge.engine.submit(runner, request, sink))
         return number
 
-    async def next(self) -> list[tuple[int, Event]]:
-        """The events since the last call, with the numbers of their requests; waits for at least one."""
+    async def next(self) -> list[tuple[int, Event, float]]:
+        """The events since the last call, with the numbers of their requests and when they came about
+        (time.perf_counter); waits for at least one."""
         while not self._events:
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -93,12 +107,15 @@ class EventStream:
         for ticket in tickets:
             ticket.cancel()
 
-    def receive(self, number: int, events: list[Event]) -> None:
+    def receive(self, number: int, events: list[Event], drawn_s: float) -> None:
         """Takes events of request `number`. In the event loop."""
-        self._events += [(number, event) for event in events]
+        self._events += [(number, event, drawn_s) for event in events]
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _expire(self) -> None:
         error = RequestTimeoutError(f"The request took longer than {self._timeout_s:g} seconds")
-        self.receive(0, [ErrorEvent(error)])
+        self.receive(0, [ErrorEvent(error)], time.perf_counter())
+
+
+_Post = tuple[EventStream, int, list[Event], float]

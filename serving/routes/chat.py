@@ -89,7 +89,7 @@ class _ChatRun:
             answers = [_ChatAnswer(self) for _ in range(request.n)]
             generation = Generation(
                 self.service,
-                leased.loaded,
+                leased,
                 [self.job.request],
                 request.stops,
                 timeout_s=request.timeout,

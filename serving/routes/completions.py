@@ -105,7 +105,7 @@ class _CompletionRun:
             requests = await self._requests(leased)
             generation = Generation(
                 self.service,
-                leased.loaded,
+                leased,
                 requests,
                 self.request.stops,
                 timeout_s=self.request.timeout,

@@ -20,6 +20,7 @@ router = APIRouter()
 
 async def _embed(service: Service, request: EmbeddingRequest) -> EmbeddingResponse:
     async with service.lease(request.model) as leased:
+        leased.arrival.over()
         if leased.adapters:
             raise RequestError("Embeddings are made by the base model: name it instead of the adapter", "model")
         embedder = await asyncio.to_thread(service.models.embedder, leased.loaded)
