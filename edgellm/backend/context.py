@@ -147,7 +147,7 @@ class Context:
     def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Makes exactly these adapters active, each at its scale. KV made before keeps what it was made with."""
         count = len(adapters)
-        handles = (ctypes.c_void_p * count)(*(adapter.handle for adapter, _ in adapters))
+        handles = (lib().llama_adapter_lora_p_ctypes * count)(*(adapter.handle for adapter, _ in adapters))
         scales = (ctypes.c_float * count)(*(scale for _, scale in adapters))
         if lib().llama_set_adapters_lora(self._handle, handles, count, scales) != 0:
             raise BackendError("llama.cpp refused the adapter set")

@@ -8,7 +8,9 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from bench import client, prompts
 from bench.client import Answer, BenchError, HttpStatusError
@@ -86,26 +88,70 @@ class RoundResult:
     loaded: Memory  # after everything else; its peak is the peak of the whole life
 
 
-async def measure_round(server: RunningServer, workload: Workload, salt: str) -> RoundResult:
-    """All measures on a server just started. `salt` must differ between rounds and be the same for both servers."""
-    startup = await _measure_startup(server)
-    model = await model_id(server.port)
-    idle = server.memory()
-    slots = max(workload.clients)
-    await asyncio.gather(
-        *(client.chat(server.port, model, prompts.short_prompt(f"{salt} warm-up {i}"), 8) for i in range(slots))
-    )
-    words_per_token = await _words_per_token(server.port, model)
-    cells = {n: await measure_cell(server, model, workload, n, salt) for n in workload.clients}
-    turns = [
-        await _measure_second_turn(
-            server.port, model, int(workload.shared_prefix_tokens * words_per_token), f"{salt} turn {i}"
+_T = TypeVar("_T")
+
+
+async def measure_startup(server: RunningServer) -> tuple[Startup, Memory]:
+    """The start of a server that has just been started, and its memory after the first answer."""
+    return await _measure_startup(server), server.memory()
+
+
+async def measure_round(
+    servers: Sequence[RunningServer],
+    startups: Sequence[tuple[Startup, Memory]],
+    workload: Workload,
+    salt: str,
+    *,
+    reverse: bool,
+) -> list[RoundResult]:
+    """All further measures, each on every server before the next one, so that they share the machine's good and bad
+    minutes; an idle server costs nothing. `reverse` takes the servers in reverse order. `salt` must differ between
+    rounds."""
+    order = list(range(len(servers)))[:: -1 if reverse else 1]
+
+    async def on_each(measure: Callable[[RunningServer], Awaitable[_T]]) -> list[_T]:
+        found = {index: await measure(servers[index]) for index in order}
+        return [found[index] for index in range(len(servers))]
+
+    async def warm_up(server: RunningServer) -> tuple[str, float]:
+        model = await model_id(server.port)
+        slots = range(max(workload.clients))
+        chats = [client.chat(server.port, model, prompts.short_prompt(f"{salt} warm-up {i}"), 8) for i in slots]
+        await asyncio.gather(*chats)
+        return model, await _words_per_token(server.port, model)
+
+    facts = dict(zip((server.port for server in servers), await on_each(warm_up), strict=True))
+
+    async def one_turn(server: RunningServer, number: int) -> SecondTurn:
+        model, words = facts[server.port]
+        return await _measure_second_turn(
+            server.port, model, int(workload.shared_prefix_tokens * words), f"{salt} turn {number}"
         )
+
+    async def long_prompt(server: RunningServer) -> LongPrompt:
+        model, words = facts[server.port]
+        words_in_all = int(workload.long_prompt_tokens * words)
+        return await _measure_long_prompt(server.port, model, workload.running_stream_tokens, words_in_all, salt)
+
+    cells: dict[int, list[Cell]] = {}
+    for clients in workload.clients:
+        cells[clients] = await on_each(lambda s, n=clients: measure_cell(s, facts[s.port][0], workload, n, salt))  # type: ignore[misc]
+    turns = [
+        await on_each(lambda s, i=i: one_turn(s, i))  # type: ignore[misc]
         for i in range(workload.turn_repeats)
     ]
-    long_words = int(workload.long_prompt_tokens * words_per_token)
-    long_prompt = await _measure_long_prompt(server.port, model, workload.running_stream_tokens, long_words, salt)
-    return RoundResult(startup, idle, cells, _median_turn(turns), long_prompt, server.memory())
+    longs = await on_each(long_prompt)
+    return [
+        RoundResult(
+            startups[index][0],
+            startups[index][1],
+            {clients: found[index] for clients, found in cells.items()},
+            _median_turn([turn[index] for turn in turns]),
+            longs[index],
+            server.memory(),
+        )
+        for index, server in enumerate(servers)
+    ]
 
 
 async def _measure_startup(server: RunningServer) -> Startup:

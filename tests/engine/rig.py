@@ -19,6 +19,9 @@ from edgellm.engine.types import ErrorEvent, Event, FinishEvent, GenerateRequest
 from tests.support.tiny_gguf import SPECIAL_TOKENS, vocabulary
 
 GREEDY = SamplingParams(temperature=0.0)
+DRAWN = SamplingParams(temperature=0.9, top_k=8)
+"""For comparisons of drawn tokens. Rounding tips a draw that falls on the border between two tokens: with eight
+candidates that happens to about one token in 100,000; with the whole vocabulary, far more often."""
 _ENDS = [len(vocabulary()[0]) - len(SPECIAL_TOKENS), len(vocabulary()[0]) - 1]  # end-of-generation tokens
 
 

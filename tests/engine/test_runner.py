@@ -14,7 +14,7 @@ from edgellm.backend.sampler import Grammar, SamplingParams
 from edgellm.engine.runner import Runner
 from edgellm.engine.types import ErrorEvent, FinishReason, TokenEvent
 from edgellm.errors import BackendError, GrammarError
-from tests.engine.rig import GREEDY, Sink, a_runner, answer, assert_greedy, drain, live_cells, plain_loop, start
+from tests.engine.rig import DRAWN, GREEDY, Sink, a_runner, answer, assert_greedy, drain, live_cells, plain_loop, start
 
 PROMPT = list(b"the quick brown fox jumps over the lazy dog")  # bytes are token ids in the tiny vocabulary
 PROMPTS = [
@@ -124,7 +124,7 @@ class TestPrefixReuse:
 
 class TestManyAnswers:
     def test_n_answers_share_one_prompt(self, runner: Runner) -> None:
-        sampling = SamplingParams(temperature=1.0, seed=40)
+        sampling = replace(DRAWN, seed=40)
         sink = answer(runner, PROMPT, 15, n=3, sampling=sampling)
         assert runner.stats.prompt_tokens == len(PROMPT)
         assert [sink.finish(i).usage.cached_tokens for i in range(3)] == [0, len(PROMPT), len(PROMPT)]
@@ -167,10 +167,10 @@ class TestPressure:
 
     def test_preemption_of_followers_loses_nothing(self, llama: Path) -> None:
         with a_runner(llama, context_tokens=256) as runner:
-            sink = answer(runner, PROMPT, 100, n=4, sampling=SamplingParams(seed=1))
+            sink = answer(runner, PROMPT, 100, n=4, sampling=replace(DRAWN, seed=1))
             assert runner.stats.preemptions > 0
         with a_runner(llama) as roomy:
-            whole = answer(roomy, PROMPT, 100, n=4, sampling=SamplingParams(seed=1))
+            whole = answer(roomy, PROMPT, 100, n=4, sampling=replace(DRAWN, seed=1))
             assert [sink.tokens(i) for i in range(4)] == [whole.tokens(i) for i in range(4)]
 
     def test_cancel_frees_the_cells(self, runner: Runner) -> None:

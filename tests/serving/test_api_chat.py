@@ -12,7 +12,7 @@ import pytest
 
 from tests.serving.server import START_S, Server
 
-MODEL = "SmolLM2-135M-Instruct"
+MODEL = "smollm2-135m-instruct"
 HELLO = [{"role": "user", "content": "Say hello in one short sentence."}]
 COUNT = [{"role": "user", "content": "Count from one to twenty, separated by commas."}]
 
