@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import functools
 import logging
+import os
 import threading
 from typing import Any
 
 from edgellm.errors import BackendError
 
 EXPECTED_VERSION = "0.3.36"
+_SPIN_COUNT = "2000"
 
 _log = logging.getLogger("edgellm.llama")
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}  # info is chatter: debug
@@ -39,6 +41,10 @@ def lib() -> Any:
 
     Raises BackendError when the installed llama-cpp-python is another version, or lacks a function that is relied on.
     """
+    # How long GNU OpenMP's threads spin for each other before they sleep; read when the library is loaded. By default
+    # they spin for milliseconds, and a neighbour that takes one core then makes every operation wait for a whole turn
+    # of the scheduler. docs/benchmarks.md has the figures.
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     import llama_cpp
     from llama_cpp import llama_cpp as low
 

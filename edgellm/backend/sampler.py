@@ -58,6 +58,8 @@ def check_grammar(vocab: Vocab, grammar: Grammar) -> None:
 
 
 def _make_grammar(vocab: Vocab, grammar: Grammar) -> Any:
+    if not grammar.gbnf:
+        raise GrammarError("the grammar is empty")  # llama.cpp would take that as no grammar
     low = lib()
     take_errors()
     gbnf, root = grammar.gbnf.encode(), grammar.root.encode()

@@ -117,6 +117,8 @@ class PrefixCache:
             self.hits += 1
             self._live[entry.sequence] = entry
             return entry
+        if source is not None and length and not source.tokens:  # evicted to make room, in vain
+            source, length = self._longest(usable, adapters)
         self.hits += length > 0
         if source is not None and length == len(source.tokens) and source.sequence in self._idle:
             entry = self._idle.pop(source.sequence)  # continued where it ended: no copy needed

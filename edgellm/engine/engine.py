@@ -61,6 +61,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._workers: list[Worker] = []
         self._closing = False
+        self._gate = threading.Lock()  # between posting a message and the thread's end
+        self._ended = False
         self.arriving = 0
         """Requests that are being made ready to be submitted; their preparer keeps count."""
         self.after_step: Callable[[], None] = lambda: None
@@ -71,11 +73,20 @@ class Engine:
     # --- from any thread ------------------------------------------------------------------------------------------
 
     def post(self, action: Callable[[], None]) -> None:
-        """Runs `action` on the engine thread, before its next step."""
-        self._inbox.put(action)
+        """Runs `action` on the engine thread, before its next step. Lost after `close`."""
+        self._offer(action)
+
+    def _offer(self, action: Callable[[], None]) -> bool:
+        with self._gate:
+            if not self._ended:
+                self._inbox.put(action)
+            return not self._ended
 
     def call(self, function: Callable[[], _T]) -> Future[_T]:
-        """Runs `function` on the engine thread; its result or exception arrives in the future."""
+        """Runs `function` on the engine thread; its result or exception arrives in the future.
+
+        After `close` that is a ShuttingDownError.
+        """
         future: Future[_T] = Future()
 
         def run() -> None:
@@ -86,25 +97,30 @@ class Engine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self.post(run)
+        if not self._offer(run):
+            future.set_exception(ShuttingDownError("The server is shutting down"))
         return future
 
     def submit(self, runner: Runner, request: GenerateRequest, sink: EventSink) -> Ticket:
         """Starts a request on `runner`; events go to `sink` on the engine thread."""
         ticket = Ticket(self, runner)
-        if self._closing:
+        if self._closing or not self._offer(lambda: ticket._start(request, sink)):
             sink([ErrorEvent(ShuttingDownError("The server is shutting down"))])
-            return ticket
-        self.post(lambda: ticket._start(request, sink))
         return ticket
 
     def embed(self, embedder: Embedder, job: EmbeddingJob) -> None:
         """Starts an embedding job."""
-        self.post(lambda: embedder.submit(job))
+        if not self._offer(lambda: embedder.submit(job)):
+            job.done(ShuttingDownError("The server is shutting down"))
 
     def add(self, worker: Worker) -> None:
-        """Lets `worker` take its turns."""
-        self.call(lambda: self._workers.append(worker)).result()
+        """Lets `worker` take its turns. Idempotent."""
+
+        def join() -> None:
+            if worker not in self._workers:
+                self._workers.append(worker)
+
+        self.call(join).result()
 
     def remove(self, worker: Worker) -> None:
         """Ends what `worker` is doing with an error, takes it out and closes it. Waits for that."""
@@ -115,7 +131,8 @@ class Engine:
             worker.fail_all(ShuttingDownError("The model was unloaded"))
             worker.close()
 
-        self.call(leave).result()
+        with contextlib.suppress(ShuttingDownError):  # then `close` has done it
+            self.call(leave).result()
 
     def close(self) -> None:
         """Ends every request, closes every worker and stops the thread. Idempotent."""
@@ -134,6 +151,8 @@ class Engine:
                 if worker.has_work:
                     self._step(worker)
                     self.after_step()
+        with self._gate:
+            self._ended = True
         self._drain()
         for worker in self._workers:
             worker.fail_all(ShuttingDownError("The server is shutting down"))

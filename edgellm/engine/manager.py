@@ -197,8 +197,12 @@ class ModelManager:
         self._engine.add(runner)
         with self._lock:
             records = [record for record in self._adapters.values() if record.model == model.name]
-        for record in records:
-            self._attach(loaded, record)
+        try:
+            for record in records:
+                self._attach(loaded, record)
+        except BaseException:
+            self._engine.remove(runner)
+            raise
         _log.info("loaded %s in %.1f s (%d MiB planned)", model.name, time.monotonic() - started, needed // _MIB)
         return loaded
 

@@ -48,11 +48,11 @@ def plan_step(
     members = [answer for answer in running if answer.job.request.adapters == adapters]
     shares: list[Share] = []
     room = batch_tokens
-    for answer in members:
-        if answer.pending == 1:
-            guess = draft(answer)[: max(0, room - 1)]
-            shares.append(Share(answer, 1, True, guess))
-            room -= 1 + len(guess)
+    decoding = [answer for answer in members if answer.pending == 1]
+    for later, answer in zip(range(len(decoding) - 1, -1, -1), decoding, strict=True):
+        guess = draft(answer)[: max(0, room - 1 - later)]  # the others' next tokens go before drafts
+        shares.append(Share(answer, 1, True, guess))
+        room -= 1 + len(guess)
     streaming = any(answer.pending == 1 for answer in running)
     budget = min(room, prompt_chunk_tokens) if streaming else room
     for answer in members:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edgellm.engine.manager import AdapterRecord
+from edgellm.errors import AdapterError, InvalidModelFileError
 from edgellm.models.store import AdapterStore
 from serving.service import Service
 from serving.wire.adapters import Adapter, AdapterList, AdapterLoadRequest, AdapterUnloaded
@@ -38,7 +39,10 @@ def load_adapter(body: AdapterLoadRequest, http: Request) -> Response:
     """Takes the file at `path` on the server, or the stored adapter of that name. One of the same name is replaced."""
     service: Service = http.app.state.service
     path = Path(body.path) if body.path is not None else AdapterStore(service.store.home).find(body.name).path
-    record = service.models.load_adapter(body.name, path, body.model, scale=body.scale)
+    try:
+        record = service.models.load_adapter(body.name, path, body.model, scale=body.scale)
+    except InvalidModelFileError as error:
+        raise AdapterError(str(error)) from None  # the request chose the file
     return Response(_wire(record).to_json(), media_type="application/json")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from edgellm.engine.types import AdapterUse, Grammar, SamplingParams
 from serving.wire.common import NULL_IS_DEFAULT, RequestModel, Text, WirePart, fault
@@ -16,6 +17,9 @@ LOGIT_BIAS_MAX = 4096
 ADAPTERS_MAX = 16
 TOKENS_MAX = 2**31 - 1
 GRAMMAR_CHARS_MAX = 1 << 16
+GRAMMAR_DEPTH_MAX = (
+    500  # llama.cpp's parser recurses at each parenthesis, and overflows its stack somewhere beyond 5,000
+)
 TIMEOUT_S_MAX = 86_400.0
 SEEDS = 2**32 - 1  # llama.cpp takes 0xFFFFFFFF for "any seed", so that one is not used
 
@@ -51,6 +55,16 @@ def _few(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > LOGIT_BIAS_MAX:  # before each of them is judged
         raise fault(f"must have at most {LOGIT_BIAS_MAX} tokens")
     return value
+
+
+def _shallow(grammar: str) -> str:
+    depth = 0
+    plain = re.sub(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|<[^>]*>|#[^\r\n]*', "", grammar, flags=re.DOTALL)
+    for bracket in re.findall(r"[()]", plain):
+        depth += 1 if bracket == "(" else -1
+        if depth > GRAMMAR_DEPTH_MAX:
+            raise fault(f"must have at most {GRAMMAR_DEPTH_MAX} parentheses inside each other")
+    return grammar
 
 
 LogitBias = Annotated[
@@ -100,7 +114,7 @@ class GenerationRequest(RequestModel):
         default=1.0, description="Extension. Divides the logits of recent tokens; 1 is off."
     )
     ignore_eos: Flag = Field(default=False, description="Extension. Go on to max_tokens, whatever the model says.")
-    grammar: Text | None = Field(
+    grammar: Annotated[Text, AfterValidator(_shallow)] | None = Field(
         default=None,
         min_length=1,
         max_length=GRAMMAR_CHARS_MAX,

@@ -71,6 +71,7 @@ def a_runner(
     prompt_chunk_tokens: int = 32,
     draft_tokens: int = 0,
     idle_cells: int = 512,
+    saved_bytes: int = 0,
     proposer: Proposer | None = None,
     adapters: dict[str, Path] | None = None,
     eval_callback: EvalCallback | None = None,
@@ -93,6 +94,7 @@ def a_runner(
         context.context_tokens,
         sequences=sequences,
         idle_cells=idle_cells,
+        saved_bytes=saved_bytes,
         can_roll_back=model.can_roll_back,
     )
     limits = RunnerLimits(parallel, batch_tokens, prompt_chunk_tokens, draft_tokens)

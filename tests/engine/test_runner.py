@@ -121,6 +121,21 @@ class TestPrefixReuse:
         assert_greedy(llama, branch, other.tokens(), 10)
         assert_greedy(llama, PROMPT, long.tokens(), 30)
 
+    @pytest.mark.parametrize("fill", [90, 128])
+    def test_what_was_moved_out_of_the_cells_comes_back(self, llama: Path, fill: int) -> None:
+        prompts = [[start + i % 7 for i in range(fill)] for start in (60, 80, 100, 120)]
+        with a_runner(llama, context_tokens=512, idle_cells=64, saved_bytes=1 << 26) as runner:
+            sinks = [answer(runner, prompt, 8) for prompt in prompts]
+            assert runner.cache.saved_bytes > 0
+            for prompt, sink in zip(prompts[:3], sinks, strict=False):
+                turn = [*prompt, *sink.tokens(), *b"more"]
+                follow = answer(runner, turn, 8)
+                assert follow.finish().usage.cached_tokens == fill + 7
+                assert_greedy(llama, turn, follow.tokens(), 8)
+            branch = [*prompts[3][:80], 5, 6]
+            assert_greedy(llama, branch, answer(runner, branch, 8).tokens(), 8)
+            assert live_cells(runner) == 0
+
 
 class TestManyAnswers:
     def test_n_answers_share_one_prompt(self, runner: Runner) -> None:

@@ -34,16 +34,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
 @pytest.fixture
 def client(smol: Server) -> Iterator[openai.OpenAI]:
     """OpenAI's client, talking to the bundled model. It repeats nothing: a failure must be seen."""
-    with httpx.Client() as http, openai.OpenAI(
-        base_url=smol.api, api_key="unused", max_retries=0, timeout=START_S, http_client=http
-    ) as made:
+    with (
+        httpx.Client() as http,
+        openai.OpenAI(base_url=smol.api, api_key="unused", max_retries=0, timeout=START_S, http_client=http) as made,
+    ):
         yield made
 
 
 @pytest.fixture
 def tiny_client(tiny: Server) -> Iterator[openai.OpenAI]:
     """The same for the tiny model."""
-    with httpx.Client() as http, openai.OpenAI(
-        base_url=tiny.api, api_key="unused", max_retries=0, timeout=START_S, http_client=http
-    ) as made:
+    with (
+        httpx.Client() as http,
+        openai.OpenAI(base_url=tiny.api, api_key="unused", max_retries=0, timeout=START_S, http_client=http) as made,
+    ):
         yield made

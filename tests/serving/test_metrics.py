@@ -14,7 +14,9 @@ from serving.errors import install
 from serving.metrics import MODELS_MAX, CountRequests, Metrics, ModelSnapshot
 from tests.serving.live import Connection, serve
 
-SNAPSHOT = ModelSnapshot("smol", 3, 2, 100, 8192, prefix_lookups=5, prefix_hits=4, preemptions=1, step_seconds=2.0, decode_seconds=1.9)
+SNAPSHOT = ModelSnapshot(
+    "smol", 3, 2, 100, 8192, prefix_lookups=5, prefix_hits=4, preemptions=1, step_seconds=2.0, decode_seconds=1.9
+)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -1,0 +1,49 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgellm.backend.model import Model
+from edgellm.backend.sampler import Grammar, check_grammar
+from edgellm.errors import GrammarError
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(st.text(max_size=60))
+def test_text_survives(model: Model, text: str) -> None:
+    tokens = model.vocab.tokenize(text, add_special=False, parse_special=False)
+    assert b"".join(map(model.vocab.piece, tokens)) == text.encode()
+
+
+def test_special_tokens_are_read_only_where_they_are_meant(model: Model) -> None:
+    vocab = model.vocab
+    assert vocab.tokenize("<|im_end|>", add_special=False, parse_special=True) == [vocab.eos]
+    assert vocab.eos not in vocab.tokenize("<|im_end|>", add_special=False, parse_special=False)
+    assert vocab.piece(vocab.eos) == b""
+    assert vocab.special_piece(vocab.eos) == "<|im_end|>"
+    assert vocab.special_piece(-1) == vocab.special_piece(vocab.n_tokens) == ""
+
+
+def test_ends(model: Model) -> None:
+    vocab = model.vocab
+    assert vocab.eos in vocab.end_tokens
+    assert all(vocab.is_end(token) for token in vocab.end_tokens)
+    assert not vocab.is_end(65)
+
+
+def test_the_longest_piece_bounds_the_tokens_of_a_text(model: Model) -> None:
+    assert model.vocab.longest_piece_bytes == len("<|endoftext|>")
+
+
+@pytest.mark.parametrize("gbnf", ["", "root ::= nowhere", 'other ::= "a"', 'root ::= "a', "root ::= root"])
+def test_grammars_that_are_refused(model: Model, gbnf: str) -> None:
+    with pytest.raises(GrammarError):
+        check_grammar(model.vocab, Grammar(gbnf))
+
+
+def test_grammars_that_are_not(model: Model) -> None:
+    check_grammar(model.vocab, Grammar('root ::= "a" other*\nother ::= [0-9]'))
+    check_grammar(model.vocab, Grammar('root ::= "<" [0-9]', lazy_patterns=("(<)",)))

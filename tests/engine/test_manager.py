@@ -1,0 +1,302 @@
+"""Which models are in memory, who may use them, and when they leave."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import edgellm.engine.manager as manager_module
+from edgellm.config import Settings
+from edgellm.engine.engine import Engine
+from edgellm.engine.loaded import memory_for
+from edgellm.engine.manager import ModelManager
+from edgellm.engine.types import AdapterUse
+from edgellm.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    InvalidModelFileError,
+    ModelNotFoundError,
+    ModelTooLargeError,
+    ModelUnsupportedError,
+    OverloadedError,
+    ShuttingDownError,
+)
+from edgellm.models.describe import describe
+from edgellm.models.store import ModelStore, StoredModel
+from tests.support.tiny_gguf import write_tiny_lora
+
+PATIENCE_S = 30
+Make = Callable[..., ModelManager]
+
+
+class _Left:
+    """Hears which models were unloaded; others may wait for that."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._heard = threading.Condition()
+
+    def __call__(self, name: str) -> None:
+        with self._heard:
+            self.names.append(name)
+            self._heard.notify_all()
+
+    def wait_for(self, name: str) -> None:
+        with self._heard:
+            assert self._heard.wait_for(lambda: name in self.names, PATIENCE_S)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path, other_llama: Path, qwen: Path) -> Path:
+    """A store with the models first, second and third."""
+    monkeypatch.setenv("EDGELLM_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    for name, path in (("first", llama), ("second", other_llama), ("third", qwen)):
+        shutil.copy(path, tmp_path / "models" / f"{name}.gguf")
+    return tmp_path
+
+
+@pytest.fixture
+def left() -> _Left:
+    return _Left()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make(home: Path, engine: Engine, left: _Left) -> Iterator[Make]:
+    made: list[ModelManager] = []
+
+    def manager(**settings: object) -> ModelManager:
+        chosen = _settings(**settings)
+        made.append(ModelManager(chosen, ModelStore(home), engine, "first", on_unload=left))
+        return made[-1]
+
+    yield manager
+    for one in made:
+        one.close()
+
+
+def _settings(**fields: object) -> Settings:
+    return Settings(**({"context_tokens": 256, "parallel": 2, "threads": 1} | fields))  # type: ignore[arg-type]
+
+
+def _needs(home: Path, name: str) -> int:
+    return memory_for(describe(home / "models" / f"{name}.gguf"), _settings()).total_bytes
+
+
+def _model(manager: ModelManager, name: str) -> StoredModel:
+    return manager.resolve(name)[0]
+
+
+class TestNames:
+    def test_default_and_case(self, make: Make) -> None:
+        manager = make()
+        assert manager.resolve(None)[0].name == manager.resolve("")[0].name == "first"
+        assert manager.resolve("SECOND")[0].name == "second"
+        assert [model.name for model in manager.models()][:1] == ["first"]
+        assert {"first", "second", "third"} <= {model.name for model in manager.models()}
+
+    def test_the_settings_choose_the_default(self, make: Make, llama: Path) -> None:
+        manager = make(model=(str(llama), "second"))
+        assert manager.default == "llama"
+        assert [model.name for model in manager.models()][:2] == ["llama", "second"]
+
+    def test_unknown_names_and_paths(self, make: Make, home: Path, llama: Path) -> None:
+        manager = make()
+        for name in ("nobody", str(llama), "models/first.gguf", "../first", "first.gguf", "./first"):
+            with pytest.raises(ModelNotFoundError):
+                manager.resolve(name)
+
+    def test_an_unknown_model_in_the_settings(self, make: Make) -> None:
+        with pytest.raises(ModelNotFoundError):
+            make(model=("nobody",))
+
+
+class TestLoading:
+    def test_once_for_many(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        manager, loads = make(), []
+        load = manager_module.load_runner
+        monkeypatch.setattr(manager_module, "load_runner", lambda *args: (loads.append(1), load(*args))[1])
+        barrier = threading.Barrier(6)
+
+        def ask(_number: int) -> object:
+            barrier.wait(PATIENCE_S)
+            loaded = manager.acquire(_model(manager, "second"))
+            manager.release(loaded)
+            return loaded
+
+        with ThreadPoolExecutor(6) as pool:
+            assert len(set(map(id, pool.map(ask, range(6))))) == 1
+        assert len(loads) == 1
+
+    def test_acquire_loaded(self, make: Make) -> None:
+        manager = make()
+        assert manager.acquire_loaded("first") is None
+        with manager.use(_model(manager, "first")) as loaded:
+            assert manager.acquire_loaded("first") is loaded
+            assert loaded.leases == 2
+            manager.release(loaded)
+        assert loaded.leases == 0
+        assert [one.name for one in manager.loaded()] == ["first"]
+
+    def test_a_deleted_file(self, make: Make, home: Path) -> None:
+        manager = make()
+        model = _model(manager, "second")
+        (home / "models" / "second.gguf").unlink()
+        with pytest.raises(ModelNotFoundError, match="gone"):
+            manager.acquire(model)
+
+    def test_a_file_that_is_not_a_model(self, make: Make, home: Path, loras: dict[str, Path]) -> None:
+        manager = make()
+        (home / "models" / "broken.gguf").write_bytes(b"GGUF but not for long")
+        shutil.copy(loras["one"], home / "models" / "lora.gguf")
+        for _ in range(2):  # and the second try does not wait for the first
+            with pytest.raises(InvalidModelFileError):
+                manager.acquire(_model(manager, "broken"))
+        with pytest.raises(ModelUnsupportedError, match="adapter"):
+            manager.acquire(_model(manager, "lora"))
+
+    def test_the_queue_has_an_end(self, make: Make) -> None:
+        manager = make(parallel=2, queue_limit=1)
+        model = _model(manager, "first")
+        leases = [manager.acquire(model) for _ in range(3)]
+        for attempt in (manager.acquire, lambda model: manager.acquire_loaded(model.name)):
+            with pytest.raises(OverloadedError, match="3 requests"):
+                attempt(model)
+        manager.release(leases[0])
+        manager.acquire(model)
+
+    def test_nothing_is_handed_out_after_close(self, make: Make) -> None:
+        manager = make()
+        manager.close()
+        with pytest.raises(ShuttingDownError):
+            manager.acquire(_model(manager, "first"))
+
+
+class TestMemory:
+    def test_a_model_too_large_is_refused_before_it_is_loaded(
+        self, make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manager = make(memory_budget_bytes=1 << 20)
+        monkeypatch.setattr(manager_module, "load_runner", lambda *_: pytest.fail("it was loaded"))
+        with pytest.raises(ModelTooLargeError) as caught:
+            manager.acquire(_model(manager, "second"))
+        assert caught.value.budget_bytes == 1 << 20
+        assert caught.value.needed_bytes == _needs(home, "second")
+        assert f"{_needs(home, 'second') >> 20} MiB" in str(caught.value)
+
+    def test_the_least_recently_used_makes_room(self, make: Make, home: Path, left: _Left) -> None:
+        needs = {name: _needs(home, name) for name in ("first", "second", "third")}
+        manager = make(memory_budget_bytes=sum(needs.values()) - 1)
+        for name in ("second", "first", "second"):
+            with manager.use(_model(manager, name)):
+                pass
+        with manager.use(_model(manager, "third")):
+            assert {one.name for one in manager.loaded()} == {"second", "third"}
+        assert left.names == ["first"]
+        with manager.use(_model(manager, "first")):  # and it comes back
+            assert left.names == ["first", "second"]
+
+    def test_models_in_use_stay(self, make: Make, home: Path, left: _Left) -> None:
+        manager = make(memory_budget_bytes=_needs(home, "first") + _needs(home, "second") - 1)
+        with manager.use(_model(manager, "first")), pytest.raises(OverloadedError, match="in use"):
+            manager.acquire(_model(manager, "second"))
+        assert left.names == []
+        with manager.use(_model(manager, "second")):
+            assert left.names == ["first"]
+
+    def test_an_idle_model_is_unloaded_but_for_the_default(self, make: Make, left: _Left) -> None:
+        manager = make(keep_alive_s=0.05)
+        with manager.use(_model(manager, "first")), manager.use(_model(manager, "second")) as second:
+            manager.embedder(second)
+        left.wait_for("second")
+        assert [one.name for one in manager.loaded()] == ["first"]
+
+    def test_a_leased_model_is_not_idle(self, make: Make, left: _Left) -> None:
+        manager = make(keep_alive_s=0)
+        with manager.use(_model(manager, "second")):
+            with manager.use(_model(manager, "third")):
+                pass
+            left.wait_for("third")
+            assert {one.name for one in manager.loaded()} == {"second"}
+        left.wait_for("second")
+
+
+class TestEmbedder:
+    def test_one_for_many_threads(self, make: Make, engine: Engine) -> None:
+        manager = make()
+        barrier = threading.Barrier(4)
+        with manager.use(_model(manager, "first")) as loaded:
+
+            def ask(_number: int) -> object:
+                barrier.wait(PATIENCE_S)
+                return manager.embedder(loaded)
+
+            with ThreadPoolExecutor(4) as pool:
+                assert len(set(map(id, pool.map(ask, range(4))))) == 1
+            assert len(engine._workers) == 2  # the runner and one embedder
+
+
+class TestAdapters:
+    def test_a_name_stands_for_its_base_with_it(self, make: Make, loras: dict[str, Path]) -> None:
+        manager = make()
+        record = manager.load_adapter("tone", loras["one"], "first", scale=0.5)
+        assert (record.name, record.model, record.scale) == ("tone", "first", 0.5)
+        model, uses = manager.resolve("tone")
+        assert (model.name, uses) == ("first", (AdapterUse("tone"),))
+        assert manager.scaled((AdapterUse("tone", 3.0),)) == (AdapterUse("tone", 1.5),)
+        assert manager.adapters() == [record]
+        manager.unload_adapter("tone")
+        assert manager.adapters() == []
+        with pytest.raises(ModelNotFoundError):
+            manager.resolve("tone")
+        for attempt in (lambda: manager.unload_adapter("tone"), lambda: manager.scaled((AdapterUse("tone"),))):
+            with pytest.raises(AdapterNotFoundError):
+                attempt()
+
+    def test_it_returns_with_its_model(self, make: Make, left: _Left, loras: dict[str, Path]) -> None:
+        manager = make(keep_alive_s=0)
+        manager.load_adapter("tone", loras["one"], "second")
+        left.wait_for("second")
+        with manager.use(_model(manager, "second")) as loaded:
+            assert set(loaded.runner.adapters) == {"tone"}
+
+    def test_an_adapter_file_that_is_gone_leaves_nothing_behind(
+        self, make: Make, engine: Engine, left: _Left, tmp_path: Path, llama: Path
+    ) -> None:
+        manager = make(keep_alive_s=0, model=("third",))
+        path = write_tiny_lora(tmp_path / "soon-gone.gguf", llama)
+        manager.load_adapter("tone", path, "first")
+        left.wait_for("first")
+        path.unlink()
+        with pytest.raises(AdapterError):
+            manager.acquire(_model(manager, "first"))
+        assert engine.call(lambda: list(engine._workers)).result(PATIENCE_S) == []
+        manager.unload_adapter("tone")
+        with manager.use(_model(manager, "first")):
+            pass
+
+    def test_what_is_refused(self, make: Make, llama: Path, loras: dict[str, Path], tmp_path: Path) -> None:
+        manager = make()
+        with pytest.raises(AdapterError, match="architecture llama"):
+            manager.load_adapter("tone", loras["one"], "third")
+        with pytest.raises(AdapterError, match="not a LoRA adapter"):
+            manager.load_adapter("tone", llama, "first")
+        with pytest.raises(AdapterError, match="name of a model"):
+            manager.load_adapter("Second", loras["one"], "first")
+        with pytest.raises(AdapterError, match="no adapter file"):
+            manager.load_adapter("tone", tmp_path / "nowhere.gguf", "first")
+        with pytest.raises(ModelNotFoundError):
+            manager.load_adapter("tone", loras["one"], "nobody")
+        assert manager.adapters() == []
