@@ -286,6 +286,10 @@ class ModelManager:
             raise AdapterError(f"There is no adapter file at {path}")
         self._check_base(describe(path), model)
         record = AdapterRecord(name, model.name, path, int(time.time()), scale)
+        with self._lock:
+            elsewhere = name in self._adapters and self._adapters[name].model != model.name
+        if elsewhere:
+            self.unload_adapter(name)
         with self.use(model) as loaded:
             self._attach(loaded, record)
             with self._lock:

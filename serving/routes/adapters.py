@@ -43,6 +43,8 @@ def load_adapter(body: AdapterLoadRequest, http: Request) -> Response:
         record = service.models.load_adapter(body.name, path, body.model, scale=body.scale)
     except InvalidModelFileError as error:
         raise AdapterError(str(error)) from None  # the request chose the file
+    except OSError as error:  # a path that is too long, a folder that may not be entered
+        raise AdapterError(f"The adapter's file cannot be read: {error.strerror}") from None
     return Response(_wire(record).to_json(), media_type="application/json")
 
 

@@ -254,6 +254,7 @@ def test_a_faulty_embedding_request(tiny, fields):
         ({"name": "x", "path": "/etc/passwd"}, (400,)),
         ({"name": "x", "path": "/dev/zero"}, (400, 404)),
         ({"name": "x", "path": "/"}, (400, 404)),
+        ({"name": "x", "path": "/" + "x" * 4000}, (400,)),
         ({"name": "../x", "path": "/x"}, (400,)),
         ({"name": "none-such"}, (404,)),
         ({}, (400,)),

