@@ -6,6 +6,7 @@ The order of the chain is llama.cpp's own: bias, penalties, top-k, typical, top-
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,9 @@ class SamplingParams:
 
 _ANSWER_WINDOW = 1 << 16  # tokens that presence and frequency penalties look back: longer than any answer here
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_REFUSALS = 8  # single tokens tried before the grammar is applied to all
+_GRAMMAR_SLICE = 32  # tokens that the grammar is applied to at once
+_GRAMMAR_LIMIT_S = 2.0
 _SEEDS = 0xFFFFFFFF  # this value means "random" to llama.cpp, so seeds are taken modulo it
 
 
@@ -102,31 +106,58 @@ class Sampler:
         return self._sample_constrained(context, row)
 
     def _sample_constrained(self, context: Context, row: int) -> int | None:
-        """Draws freely first and asks the grammar about that one token; only a refused draw is repeated under the
-        grammar. The result is distributed as if the grammar had been applied to all tokens at once."""
+        """Draws freely and asks the grammar about that one token; a refused token is taken out and the draw repeated.
+
+        That is rejection sampling: the result is distributed as if the grammar had been applied to all tokens first
+        (truncation by top-k, top-p and the like acts on what has not been refused). After some refusals the grammar
+        is applied to all tokens after all, which takes llama.cpp tens of milliseconds.
+        """
         logits = context.logits(row)
-        token = self._draw(logits, constrained=False)
-        if token is None or not self._allowed(token, logits[token]):
-            token = self._draw(logits, constrained=True)
+        refused: list[int] = []
+        token = self._draw(logits, refused)
+        while token is not None and not self._allowed(token, logits[token]):
+            refused.append(token)
+            token = self._draw(logits, refused, everywhere=len(refused) >= _REFUSALS)
+            if len(refused) >= _REFUSALS:
+                break
         if token is not None:
             self._low.llama_sampler_accept(self._chain, token)
             self._low.llama_sampler_accept(self._grammar, token)
         return token
 
-    def _draw(self, logits: Any, *, constrained: bool) -> int | None:
+    def _draw(self, logits: Any, refused: list[int], *, everywhere: bool = False) -> int | None:
+        """A token other than those refused; with `everywhere`, one that the grammar allows. None if there is none."""
         low, data = self._low, self._candidates
         np.copyto(data, self._template)
         data["logit"] = logits
+        data["logit"][refused] = -np.inf
+        if everywhere:
+            self._apply_grammar()
         array = low.llama_token_data_array(
             data=data.ctypes.data_as(low.llama_token_data_p), size=self._n_vocab, selected=-1, sorted=False
         )
-        if constrained:
-            low.llama_sampler_apply(self._grammar, ctypes.byref(array))
-            if not np.isfinite(data["logit"]).any():
-                return None
+        if not np.isfinite(data["logit"]).any():
+            return None
         low.llama_sampler_apply(self._chain, ctypes.byref(array))
         chosen = array.data[array.selected]
         return int(chosen.id) if np.isfinite(chosen.logit) else None
+
+    def _apply_grammar(self) -> None:
+        """Takes out every candidate that the grammar refuses, some at a time: llama.cpp follows each way in which the
+        text so far can be read, and a grammar with very many ways must not hold up everybody else for minutes.
+        """
+        low, data = self._low, self._candidates
+        until_s = time.monotonic() + _GRAMMAR_LIMIT_S
+        for start in range(0, self._n_vocab, _GRAMMAR_SLICE):
+            part = data[start : start + _GRAMMAR_SLICE]
+            array = low.llama_token_data_array(
+                data=part.ctypes.data_as(low.llama_token_data_p), size=len(part), selected=-1, sorted=False
+            )
+            low.llama_sampler_apply(self._grammar, ctypes.byref(array))
+            if time.monotonic() > until_s:
+                raise GrammarError(
+                    f"The grammar is too ambiguous: testing the tokens at one place took more than {_GRAMMAR_LIMIT_S} s"
+                )
 
     def _allowed(self, token: int, logit: float) -> bool:
         low = self._low

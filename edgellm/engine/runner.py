@@ -23,7 +23,7 @@ from edgellm.engine.logprobs import token_logprob
 from edgellm.engine.plan import Share, choose_adapters, plan_step
 from edgellm.engine.sequence import Answer, Job, Proposer
 from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
-from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError
+from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError
 
 _log = logging.getLogger(__name__)
 
@@ -290,7 +290,11 @@ class Runner:
         logits = self.context.logits(row)
         if logits[0] != logits[0]:  # NaN
             raise BackendError("the model computed NaN: its file is damaged, or its precision overflowed")
-        token = sampler.sample(self.context, row)
+        try:
+            token = sampler.sample(self.context, row)
+        except GrammarError as error:
+            self._fail_job(answer.job, error)
+            return None
         ended = token is None or (
             token in request.stop_tokens or (not request.ignore_eos and self.model.vocab.is_end(token))
         )

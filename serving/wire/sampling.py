@@ -17,9 +17,9 @@ LOGIT_BIAS_MAX = 4096
 ADAPTERS_MAX = 16
 TOKENS_MAX = 2**31 - 1
 GRAMMAR_CHARS_MAX = 1 << 16
-GRAMMAR_DEPTH_MAX = (
-    500  # llama.cpp's parser recurses at each parenthesis, and overflows its stack somewhere beyond 5,000
-)
+GRAMMAR_DEPTH_MAX = 500  # llama.cpp's parser recurses at each parenthesis, and overflows its stack beyond some 5,000
+GRAMMAR_CHOICES_MAX = 1000
+GRAMMAR_REPEATS_MAX = 250  # in a row they multiply the ways to read a text, all of which llama.cpp follows
 TIMEOUT_S_MAX = 86_400.0
 SEEDS = 2**32 - 1  # llama.cpp takes 0xFFFFFFFF for "any seed", so that one is not used
 
@@ -64,6 +64,10 @@ def _shallow(grammar: str) -> str:
         depth += 1 if bracket == "(" else -1
         if depth > GRAMMAR_DEPTH_MAX:
             raise fault(f"must have at most {GRAMMAR_DEPTH_MAX} parentheses inside each other")
+    if plain.count("|") > GRAMMAR_CHOICES_MAX:
+        raise fault(f"must have at most {GRAMMAR_CHOICES_MAX} of the operator |")
+    if len(re.findall(r"[?*+{]", plain)) > GRAMMAR_REPEATS_MAX:
+        raise fault(f"must have at most {GRAMMAR_REPEATS_MAX} of the operators ? * + {{")
     return grammar
 
 

@@ -324,6 +324,17 @@ class TestGrammar:
         assert _text(runner, sink.tokens()) == b"xy"
         assert sink.finish().reason is FinishReason.STOP
 
+    def test_a_grammar_that_takes_too_long_ends_its_own_request_only(
+        self, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("edgellm.backend.sampler._GRAMMAR_LIMIT_S", -1.0)
+        rare = Grammar('root ::= "\\x01" "\\x02"')  # nothing that the model would draw of itself
+        bound, _ = start(runner, PROMPT, 5, sampling=replace(GREEDY, grammar=rare))
+        free, _ = start(runner, PROMPT, 5)
+        drain(runner)
+        assert isinstance(bound.error, GrammarError)
+        assert len(free.tokens()) == 5
+
     def test_a_bad_grammar_is_an_error_event(self, runner: Runner) -> None:
         sink, _ = start(runner, PROMPT, 5, n=2, sampling=replace(GREEDY, grammar=Grammar("root ::= nowhere")))
         assert isinstance(sink.error, GrammarError)

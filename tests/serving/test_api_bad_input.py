@@ -172,10 +172,12 @@ def test_an_unknown_adapter(tiny):
         "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000,
         'root ::= ((("a"{1,1000}){1,1000}){1,1000}){1,1000}',
         'root ::= "\x00"',
+        "root ::= " + '"a"? ' * 3000,
+        "root ::= (" + " | ".join(['"a"'] * 3000) + ")*",
     ],
     ids=[
         *("cut string", "missing rule", "no root", "open class", "empty", "left recursion", "indirect recursion"),
-        *("deep", "nested repeats", "NUL"),
+        *("deep", "nested repeats", "NUL", "many repeats", "many choices"),
     ],
 )
 def test_a_faulty_grammar(tiny, grammar):
