@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from serving.metrics import Metrics, ModelSnapshot
 
 _log = logging.getLogger(__name__)
 
+_CLOSE_S = 30.0  # the longest that a step may reasonably take
 _INLINE_BYTES = 1 << 15  # longer texts are tokenised in a thread, so that the event loop goes on
 _BYTES_PER_TOKEN = 16  # texts shorter than this for each token of the context are tokenised without a second thought
 
@@ -93,7 +95,9 @@ class Service:
         """Ends requests that still run, unloads the models, stops the thread and the template processes."""
         self.closing = True
         self.models.close()
-        self.engine.close()
+        if not self.engine.close(_CLOSE_S):
+            _log.critical("the engine does not come back from llama.cpp; leaving without it")
+            os._exit(1)
         for template in self._templates.values():
             template.close()
         self._templates.clear()

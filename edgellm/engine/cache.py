@@ -17,6 +17,7 @@ from edgellm.engine.types import AdapterUse
 AdapterSet = tuple[AdapterUse, ...]
 
 _COMPARE_BLOCK = 256
+_SCATTERED_CELLS = 512
 _WORTH_SAVING_TOKENS = 64  # shorter prompts are computed again about as fast as they are brought back
 
 
@@ -89,6 +90,7 @@ class PrefixCache:
         self._idle: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
         self._saved: list[Saved] = []  # least recently used first
         self._saved_limit = saved_bytes
+        self._peak = 0  # most cells in use since the cache was last empty: no cell beyond has been touched
         self.ledger = CellLedger(capacity)
         self.lookups = 0
         self.hits = 0  # lookups that found some prefix
@@ -146,6 +148,7 @@ class PrefixCache:
         """Records that `tokens` are about to be computed for `entry`; `reserve` first."""
         entry.cells += self.ledger.allocate(len(tokens))
         entry.tokens += tokens
+        self._peak = max(self._peak, self.ledger.used)
 
     def truncate(self, entry: Entry, length: int) -> None:
         """Drops the positions of `entry` from `length` on: rejected drafts. Only where the model can roll back."""
@@ -163,6 +166,16 @@ class PrefixCache:
         self._idle[entry.sequence] = entry
         while len(self._idle) > 1 and sum(len(idle.cells) for idle in self._idle.values()) > self._idle_cells:
             self._evict_oldest()
+
+    def settle(self) -> None:
+        """Call when nothing is running. Finished sequences that lie scattered, because there were others around them,
+        move out of the cells: one at a high place makes attention scan all the way up to it."""
+        if not self._live and self._idle and self._saved_limit and self._peak > self.ledger.used + _SCATTERED_CELLS:
+            for entry in tuple(self._idle.values()):
+                if self._save(entry) or len(entry.tokens) < _WORTH_SAVING_TOKENS:
+                    self.discard(entry)
+        if not self.ledger.used:
+            self._peak = 0
 
     @property
     def saved_bytes(self) -> int:
@@ -215,17 +228,22 @@ class PrefixCache:
                 self._saved.append(saved)  # something else may continue the rest of it
         return entry
 
-    def _save(self, entry: Entry) -> None:
+    def _save(self, entry: Entry) -> bool:
+        """Copies what `entry` holds to ordinary memory. False if it is too short, or larger than all that there is."""
         if len(entry.tokens) < _WORTH_SAVING_TOKENS or not self._saved_limit:
-            return
+            return False
         mine = [saved for saved in self._saved if saved.adapters == entry.adapters]
         if any(common_prefix(saved.tokens, entry.tokens) == len(entry.tokens) for saved in mine):
-            return
+            return True
+        data = self._memory.save(entry.sequence)
+        if data.nbytes > self._saved_limit:
+            return False
         covered = [saved for saved in mine if common_prefix(saved.tokens, entry.tokens) == len(saved.tokens)]
         self._saved = [saved for saved in self._saved if saved not in covered]
-        self._saved.append(Saved(entry.adapters, list(entry.tokens), self._memory.save(entry.sequence)))
+        self._saved.append(Saved(entry.adapters, list(entry.tokens), data))
         while self.saved_bytes > self._saved_limit:
             self._saved.pop(0)
+        return True
 
     def _share(self, source: Entry, target: Entry, length: int) -> None:
         self._memory.copy(source.sequence, target.sequence, length)

@@ -134,12 +134,16 @@ class Engine:
         with contextlib.suppress(ShuttingDownError):  # then `close` has done it
             self.call(leave).result()
 
-    def close(self) -> None:
-        """Ends every request, closes every worker and stops the thread. Idempotent."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Ends every request, closes every worker and stops the thread. Idempotent.
+
+        False if the thread is still inside llama.cpp after `timeout_s` seconds: nothing can interrupt it there.
+        """
         if not self._closing:
             self._closing = True
             self.post(lambda: None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     # --- on the engine thread -------------------------------------------------------------------------------------
 

@@ -170,6 +170,8 @@ class Runner:
             except BackendError as error:
                 self._fail_shares(shares, error)
         self._deliver()
+        if not self.has_work:
+            self.cache.settle()
         self.stats.steps += 1
         self.stats.step_seconds += time.perf_counter() - started
 

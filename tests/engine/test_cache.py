@@ -290,6 +290,38 @@ _ACTIONS = st.one_of(
 )
 
 
+class TestSettling:
+    def test_what_lies_scattered_leaves_the_cells_and_comes_back(self) -> None:
+        cache = _Cache(capacity=4000, idle_cells=100, saved_bytes=1 << 20)
+        crowd = [cache.acquire(list(range(n, n + 200)), BASE) for n in (1000, 2000, 3000, 4000)]
+        for n, entry in zip((1000, 2000, 3000, 4000), crowd, strict=True):
+            cache.compute(entry, list(range(n, n + 200)))
+        for entry in crowd[:-1]:
+            cache.retire(entry)
+        cache.settle()
+        assert cache.ledger.used > 0  # somebody is still running
+        cache.retire(crowd[-1])
+        cache.settle()
+        assert (cache.ledger.used, cache.idle_entries) == (0, 0)
+        assert len(cache.acquire(list(range(4000, 4300)), BASE).tokens) == 200
+
+    def test_one_conversation_stays_where_it_is(self) -> None:
+        cache = _Cache(capacity=4000, saved_bytes=1 << 20)
+        cache.finished(list(range(900)))
+        cache.settle()
+        assert (cache.ledger.used, cache.saved_bytes) == (900, 0)
+
+    def test_what_is_too_large_to_save_stays_where_it_is(self) -> None:
+        cache = _Cache(capacity=4000, idle_cells=100, saved_bytes=800)
+        crowd = [cache.acquire(list(range(n, n + 400)), BASE) for n in (1000, 2000, 3000)]
+        for n, entry in zip((1000, 2000, 3000), crowd, strict=True):
+            cache.compute(entry, list(range(n, n + 400)))
+        for entry in crowd:
+            cache.retire(entry)
+        cache.settle()
+        assert (cache.ledger.used, cache.saved_bytes) == (400, 0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(_ACTIONS, max_size=40), st.sampled_from([0, 1500]), st.integers(0, 90))
 def test_the_books_balance_whatever_happens(actions: list, saved_bytes: int, idle_cells: int) -> None:  # type: ignore[type-arg]
