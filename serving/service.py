@@ -46,7 +46,7 @@ class _Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """A model in use by a request, with the adapters that the request asks for."""
+    """A model in use by a request."""
 
     loaded: LoadedModel
     models: ModelManager

@@ -114,12 +114,13 @@ class Sampler:
         """
         logits = context.logits(row)
         refused: list[int] = []
-        token = self._draw(logits, refused)
-        while token is not None and not self._allowed(token, logits[token]):
-            refused.append(token)
-            token = self._draw(logits, refused, everywhere=len(refused) >= _REFUSALS)
-            if len(refused) >= _REFUSALS:
+        for _ in range(_REFUSALS):
+            token = self._draw(logits, refused)
+            if token is None or self._allowed(token, logits[token]):
                 break
+            refused.append(token)
+        else:
+            token = self._draw(logits, refused, everywhere=True)
         if token is not None:
             self._low.llama_sampler_accept(self._chain, token)
             self._low.llama_sampler_accept(self._grammar, token)
