@@ -23,10 +23,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from edgellm.config import load_settings
+from edgellm.engine.loaded import context_tokens_for, memory_for
 from edgellm.errors import EdgeLLMError
 from edgellm.models.describe import ModelInfo, describe
 from edgellm.models.hub import PullProgress, pull
-from edgellm.models.memory import available_memory_bytes, estimate_memory
+from edgellm.models.memory import available_memory_bytes
 from edgellm.models.store import ModelStore, StoredModel
 
 models_app = typer.Typer(
@@ -36,9 +38,6 @@ models_app = typer.Typer(
     add_completion=False,
 )
 
-_SHOWN_CONTEXT_TOKENS = 8192  # what `show` states the memory for: the context `edgellm serve` takes at most by default
-_SHOWN_SEQUENCES = 8
-_SHOWN_CHUNK_TOKENS = 256
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Name = Annotated[str, typer.Argument(help="A name from `edgellm models list`, or a path to a GGUF file.")]
 
@@ -103,7 +102,7 @@ def show_model(name: _Name, as_json: _Json = False) -> None:
     with _one_line_errors():
         model = ModelStore().find(name)
         info = describe(model.path)
-    facts = {**_stored_facts(model), **_model_facts(info)}
+        facts = {**_stored_facts(model), **_model_facts(info)}
     if as_json:
         _print_json(facts)
         return
@@ -160,8 +159,7 @@ def _stored_facts(model: StoredModel) -> dict[str, Any]:
 
 
 def _model_facts(info: ModelInfo) -> dict[str, Any]:
-    context = min(info.context_tokens or _SHOWN_CONTEXT_TOKENS, _SHOWN_CONTEXT_TOKENS)
-    memory = estimate_memory(info, context, _SHOWN_SEQUENCES, _SHOWN_CHUNK_TOKENS)
+    settings = load_settings()  # `edgellm serve` without arguments
     return {
         "title": info.name,
         "architecture": info.architecture,
@@ -182,8 +180,8 @@ def _model_facts(info: ModelInfo) -> dict[str, Any]:
         "recurrent": info.recurrent,
         "adapter": None if info.adapter is None else {"rank": info.adapter.rank, "alpha": info.adapter.alpha},
         "licence": info.licence,
-        "memory_context_tokens": context,
-        "memory_bytes": memory.total_bytes,
+        "memory_context_tokens": context_tokens_for(info, settings),
+        "memory_bytes": memory_for(info, settings).total_bytes,
         "memory_available_bytes": available_memory_bytes(),
     }
 
