@@ -115,6 +115,11 @@ class Settings(BaseSettings):
         None, ge=1, le=512, description="Threads that compute. Default: the physical cores this process may use."
     )
     flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention: auto, on or off.")
+    huge_pages: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: a model that takes at most a quarter of the memory is read into memory of its own, in huge "
+        "pages, which is faster (Linux 6.1+). off: the file is mapped, and other processes may share it.",
+    )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 
     # HTTP

@@ -13,11 +13,17 @@ from edgellm.errors import AdapterError, ModelLoadError
 class Model:
     """Owns a `llama_model`. Close contexts and adapters before it."""
 
-    def __init__(self, path: Path) -> None:
-        """Maps the file and prepares the weights. Raises ModelLoadError with llama.cpp's own words."""
+    def __init__(self, path: Path, *, mapped: bool = True) -> None:
+        """Maps the file, or reads it into memory, and prepares the weights.
+
+        Raises ModelLoadError with llama.cpp's own words.
+        """
         low = lib()
+        params = low.llama_model_default_params()
+        if not mapped:
+            params.load_mode = low.LLAMA_LOAD_MODE_NONE
         take_errors()
-        self._handle: Any = low.llama_model_load_from_file(str(path).encode(), low.llama_model_default_params())
+        self._handle: Any = low.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
             raise ModelLoadError(f"llama.cpp could not load {path.name}: {take_errors() or 'no reason given'}")
         self.path = path

@@ -109,8 +109,14 @@ class PrefixCache:
     def acquire(self, tokens: Sequence[int], adapters: AdapterSet) -> Entry:
         """An entry for a sequence that will compute `tokens`, holding the longest cached prefix of it.
 
-        At least one token is left to compute, for its logits.
+        At least one token is left to compute, for its logits. Other finished sequences leave the cells for ordinary
+        memory, so that attention does not scan them for as long as this one runs.
         """
+        entry = self._acquire(tokens, adapters)
+        self._move_out(beside=entry)
+        return entry
+
+    def _acquire(self, tokens: Sequence[int], adapters: AdapterSet) -> Entry:
         usable = list(tokens[:-1])
         source, length = self._longest(usable, adapters)
         self.lookups += 1
@@ -170,10 +176,8 @@ class PrefixCache:
     def settle(self) -> None:
         """Call when nothing is running. Finished sequences that lie scattered, because there were others around them,
         move out of the cells: one at a high place makes attention scan all the way up to it."""
-        if not self._live and self._idle and self._saved_limit and self._peak > self.ledger.used + _SCATTERED_CELLS:
-            for entry in tuple(self._idle.values()):
-                if self._save(entry) or len(entry.tokens) < _WORTH_SAVING_TOKENS:
-                    self.discard(entry)
+        if not self._live and self._idle and self._peak > self.ledger.used + _SCATTERED_CELLS:
+            self._move_out()
         if not self.ledger.used:
             self._peak = 0
 
@@ -244,6 +248,16 @@ class PrefixCache:
         while self.saved_bytes > self._saved_limit:
             self._saved.pop(0)
         return True
+
+    def _move_out(self, beside: Entry | None = None) -> None:
+        """Moves finished sequences to ordinary memory, but those that are too large for it, and those that have half of
+        their cells in common with `beside`: another prompt with the same long beginning may follow."""
+        for entry in tuple(self._idle.values()) if self._saved_limit else ():
+            middle = len(entry.cells) // 2
+            if beside is not None and entry.cells[middle] in beside.cells[middle : middle + 1]:
+                continue
+            if self._save(entry) or len(entry.tokens) < _WORTH_SAVING_TOKENS:
+                self.discard(entry)
 
     def _share(self, source: Entry, target: Entry, length: int) -> None:
         self._memory.copy(source.sequence, target.sequence, length)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.backend.context import Context, ContextParams
 from edgellm.backend.model import Model
+from edgellm.backend.pages import huge_page_bytes, use_huge_pages
 from edgellm.backend.vocab import Vocab
 from edgellm.config import Settings
 from edgellm.engine.cache import PrefixCache
 from edgellm.engine.embedder import Embedder, Pooling
+from edgellm.engine.fit import BATCH_TOKENS, context_tokens_for, memory_for, sequences_for
 from edgellm.engine.runner import Runner, RunnerLimits
 from edgellm.engine.threads import default_threads
 from edgellm.errors import ModelUnsupportedError
 from edgellm.models.describe import ModelInfo
-from edgellm.models.memory import MemoryEstimate, estimate_memory
+from edgellm.models.memory import available_memory_bytes
 
-BATCH_TOKENS = 512
-"""Rows of a step: what a prompt may take at once when nothing else is running."""
+_log = logging.getLogger(__name__)
 
-_DEFAULT_CONTEXT_TOKENS = 8192
 _EMBEDDING_CONTEXT_TOKENS = 2048
 _EMBEDDING_BATCH_TOKENS = 128  # llama.cpp computes the logits of every embedded row too: keep them few
-_IDLE_SEQUENCES = 24
+_HUGE_SHARE = 4  # read into memory of its own, a model may take this part of what is available
 _IDLE_SHARE = 16  # finished sequences keep at most this part of the cells: see PrefixCache
 
 
@@ -52,32 +53,17 @@ class LoadedModel:
         return self.runner.context.context_tokens
 
 
-def context_tokens_for(info: ModelInfo, settings: Settings) -> int:
-    """KV cells that the model will be given."""
-    if settings.context_tokens is not None:
-        return settings.context_tokens
-    return min(info.context_tokens or _DEFAULT_CONTEXT_TOKENS, _DEFAULT_CONTEXT_TOKENS)
-
-
-def memory_for(info: ModelInfo, settings: Settings) -> MemoryEstimate:
-    """What loading the model will take."""
-    return estimate_memory(info, context_tokens_for(info, settings), _sequences(info, settings), BATCH_TOKENS)
-
-
-def _sequences(info: ModelInfo, settings: Settings) -> int:
-    # Every sequence of a recurrent model has a state of its own, used or not; KV cells are taken as they are needed.
-    return 2 * settings.parallel if info.recurrent else settings.parallel + _IDLE_SEQUENCES
-
-
 def load_runner(info: ModelInfo, settings: Settings) -> Runner:
     """Loads the weights and makes the context. Any thread may do this, before the engine knows the runner.
 
     Raises ModelLoadError.
     """
-    model = Model(info.path)
+    huge = settings.huge_pages == "auto" and huge_page_bytes() is not None
+    huge = huge and memory_for(info, settings).total_bytes * _HUGE_SHARE <= available_memory_bytes()
+    model = Model(info.path, mapped=not huge)
     try:
         cells = context_tokens_for(info, settings)
-        sequences = _sequences(info, settings)
+        sequences = sequences_for(info, settings)
         params = ContextParams(
             context_tokens=cells,
             sequences=sequences,
@@ -87,6 +73,8 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
             flash_attention=settings.flash_attention,
         )
         context = Context(model, params)
+        if huge:
+            _log.debug("%s: %d MB in huge pages", info.path.name, use_huge_pages() >> 20)
     except BaseException:
         model.close()
         raise

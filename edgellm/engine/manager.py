@@ -17,7 +17,8 @@ from edgellm.backend.model import Adapter
 from edgellm.config import Settings
 from edgellm.engine.embedder import Embedder
 from edgellm.engine.engine import Engine
-from edgellm.engine.loaded import LoadedModel, load_embedder, load_runner, memory_for
+from edgellm.engine.fit import memory_for
+from edgellm.engine.loaded import LoadedModel, load_embedder, load_runner
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
     AdapterError,

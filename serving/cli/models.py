@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from edgellm.config import load_settings
-from edgellm.engine.loaded import context_tokens_for, memory_for
+from edgellm.engine.fit import context_tokens_for, memory_for
 from edgellm.errors import EdgeLLMError
 from edgellm.models.describe import ModelInfo, describe
 from edgellm.models.hub import PullProgress, pull

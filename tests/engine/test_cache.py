@@ -278,6 +278,51 @@ class TestSaved:
         cache.check()
 
 
+class TestMovingOut:
+    """Attention scans what is idle in the cells, too: so it goes to ordinary memory when something else starts."""
+
+    def test_a_new_prompt_has_the_cells_to_itself(self) -> None:
+        cache = _Cache(saved_bytes=1 << 20)
+        cache.finished(LONG)
+        entry = cache.acquire(range(500, 600), BASE)
+        assert (cache.ledger.used, cache.saved_bytes, entry.tokens) == (0, 800, [])
+        assert cache.acquire(LONG, BASE).tokens == LONG[:-1]
+        cache.check()
+
+    def test_what_it_continues_stays(self) -> None:
+        cache = _Cache(saved_bytes=1 << 20)
+        cache.finished(range(500, 600))
+        cache.finished(LONG)
+        assert (cache.acquire([*LONG, 7], BASE).tokens, cache.ledger.used) == (LONG, 100)
+        cache.check()
+
+    def test_what_begins_alike_for_the_most_part_stays(self) -> None:
+        cache = _Cache(saved_bytes=1 << 20)
+        cache.finished(LONG)
+        assert len(cache.acquire([*LONG[:60], 7, 8], BASE).tokens) == 60
+        assert (cache.ledger.used, cache.idle_entries) == (100, 1)
+
+    def test_what_begins_alike_for_the_least_part_goes(self) -> None:
+        cache = _Cache(saved_bytes=1 << 20)
+        cache.finished(LONG)
+        assert len(cache.acquire([*LONG[:40], 7, 8], BASE).tokens) == 40
+        assert (cache.ledger.used, cache.idle_entries) == (40, 0)
+        cache.check()
+
+    def test_what_is_too_large_to_save_stays(self) -> None:
+        cache = _Cache(saved_bytes=100)
+        cache.finished(LONG)
+        cache.acquire(range(500, 600), BASE)
+        assert (cache.ledger.used, cache.idle_entries) == (100, 1)
+
+    def test_without_memory_for_it_everything_stays(self) -> None:
+        cache = _Cache(saved_bytes=0)
+        cache.finished(LONG)
+        cache.finished([1, 2, 3])
+        cache.acquire(range(500, 600), BASE)
+        assert cache.idle_entries == 2
+
+
 _TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 _ACTIONS = st.one_of(
     st.tuples(st.just("start"), _TOKENS, st.sampled_from([BASE, TONE])),

@@ -13,7 +13,7 @@ import pytest
 import edgellm.engine.manager as manager_module
 from edgellm.config import Settings
 from edgellm.engine.engine import Engine
-from edgellm.engine.loaded import memory_for
+from edgellm.engine.fit import memory_for
 from edgellm.engine.manager import ModelManager
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
