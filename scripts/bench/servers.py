@@ -115,7 +115,8 @@ def running(contender: Contender, model: Path) -> Iterator[RunningServer]:
     command = contender.command_line(model, port)
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as scratch:
         # Neither server may pick up settings from the environment of whoever runs this.
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("EDGELLM_", "LLAMA_ARG_", "GGML_", "OMP_"))}
+        mine = ("EDGELLM_", "LLAMA_ARG_", "GGML_", "OMP_", "GOMP_")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
         log = Path(scratch) / "log"
         with log.open("wb") as sink:
             started_s = time.perf_counter()
