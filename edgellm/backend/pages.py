@@ -36,7 +36,7 @@ def huge_page_bytes() -> int | None:
 def use_huge_pages() -> int:
     """Moves the large private buffers of this process to huge pages. Returns the bytes that were moved.
 
-    Copies what is moved: about 5 ms for each 10 MB, once.
+    Copies what is moved: about 3 ms for each MB on a slow machine, once.
     """
     size = huge_page_bytes()
     if size is None:
