@@ -143,12 +143,12 @@ class Settings(BaseSettings):
         description="Longest that one request may take (30s, 10m, never); a request's own timeout may be shorter.",
     )
     grace_seconds: Seconds = Field(
-        10.0, ge=0, description="After SIGTERM, how long running answers may take to finish."
+        10.0, ge=0, le=86_400, description="After SIGTERM, how long running answers may take to finish."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
 
     @model_validator(mode="after")
-    def _listening_wide_needs_hosts(self) -> Settings:
+    def _adapters_have_names(self) -> Settings:
         for spec in self.adapter:
             if "=" not in spec:
                 raise ValueError(f"adapter {spec!r}: write NAME=PATH")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +76,12 @@ async def prepare_chat(service: Service, leased: Leased, request: ChatCompletion
     limit = loaded.context_tokens - 1  # at least one token of answer
     add_special = not text.startswith(loaded.vocab.special_piece(loaded.vocab.bos)) if loaded.vocab.adds_bos else True
     prompt = await service.tokenize(loaded, text, limit=limit, param="messages", add_special=add_special)
-    format = detect_format(template.source) if plan.tools else None
+    format = detect_format(template.source) if plan.tools and (plan.forced or not _wants_json(request)) else None
+    grammar = await asyncio.to_thread(_grammar, request, plan, format)  # a large schema takes a while
     param = "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens"
     budget = token_budget(request.limit_tokens, len(prompt), loaded.context_tokens, param)
     return ChatJob(
-        build_request(loaded, leased, request, prompt, budget, _grammar(request, plan, format), request.logprob_count),
+        build_request(loaded, leased, request, prompt, budget, grammar, request.logprob_count),
         format,
         request.parallel_tool_calls,
     )
@@ -122,6 +124,10 @@ def _messages(request: ChatCompletionRequest) -> list[dict[str, Any]]:
     return messages
 
 
+def _wants_json(request: ChatCompletionRequest) -> bool:
+    return request.response_format is not None and request.response_format.type != "text"
+
+
 def _grammar(request: ChatCompletionRequest, plan: ToolPlan, format: ToolCallFormat | None) -> Grammar | None:
     if request.grammar is not None:
         return Grammar(request.grammar)
@@ -130,8 +136,7 @@ def _grammar(request: ChatCompletionRequest, plan: ToolPlan, format: ToolCallFor
             return Grammar(
                 tool_call_gbnf(plan.tools, format=format, name=plan.name, parallel=request.parallel_tool_calls)
             )
-        if request.response_format is None or request.response_format.type == "text":
-            return _lazy_grammar(request, plan, format)
+        return _lazy_grammar(request, plan, format)
     match request.response_format:
         case JsonSchemaResponseFormat(json_schema=wanted):
             try:

@@ -36,10 +36,12 @@ class _Answer:
         self.held: deque[TokenLogprob] = deque()
         self.released = 0
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
         self.last_token_s = 0.0
         self.finished = False
 
     def feed(self, event: TokenEvent) -> tuple[str, tuple[TokenLogprob, ...]]:
+        self.cached_tokens = event.cached_tokens
         text = self.text.feed(event.token)
         if event.logprob is None:
             return text, ()
@@ -48,6 +50,11 @@ class _Answer:
 
     def finish(self) -> tuple[str, tuple[TokenLogprob, ...]]:
         return self.text.finish(), self._release()
+
+    @property
+    def usage(self) -> Usage:
+        """Of an answer that is ended here, before the engine ends it."""
+        return Usage(self.prompt_tokens, self.text.tokens_fed, self.cached_tokens)
 
     def _release(self) -> tuple[TokenLogprob, ...]:
         count = self.text.tokens_released - self.released
@@ -113,7 +120,7 @@ class Generation:
         answer = self._answers[piece.number, piece.index]
         answer.finished = True
         self._stream.cancel(piece.number, piece.index)
-        return self._count(Usage(answer.prompt_tokens, answer.text.tokens_fed))
+        return self._count(answer.usage)
 
     def close(self) -> None:
         """Cancels what still runs. Idempotent."""
@@ -132,7 +139,7 @@ class Generation:
         if not answer.text.stopped:
             return Piece(number, event.index, text, logprobs)
         self._stream.cancel(number, event.index)
-        usage = self._count(Usage(answer.prompt_tokens, answer.text.tokens_fed))
+        usage = self._count(answer.usage)
         return Piece(number, event.index, text, logprobs, FinishReason.STOP, usage)
 
     def _count(self, usage: Usage) -> Usage:

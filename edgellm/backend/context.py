@@ -21,6 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 MAX_SEQUENCES = 256
 """Sequence ids a unified cache accepts (`LLAMA_MAX_SEQ`)."""
 
+_CELLS_STEP = 256
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 
 
@@ -64,7 +65,8 @@ class Context:
         """Allocates the KV cache and the compute buffers. Raises ModelLoadError."""
         low = lib()
         raw = low.llama_context_default_params()
-        raw.n_ctx = params.context_tokens
+        # llama.cpp rounds up to this by itself, but bounds the batch by the number before.
+        raw.n_ctx = -(-params.context_tokens // _CELLS_STEP) * _CELLS_STEP
         raw.n_batch = raw.n_ubatch = params.batch_tokens
         raw.n_seq_max = params.sequences
         # llama.cpp aborts the process if there is room for fewer outputs than sequences.
@@ -72,7 +74,7 @@ class Context:
         raw.n_threads = raw.n_threads_batch = params.threads
         raw.flash_attn_type = _FLASH[params.flash_attention]
         raw.kv_unified = True  # sequences share cells: a common prefix is stored once
-        raw.swa_full = True  # a sliding-window cache that forgets could not be continued from the middle
+        raw.swa_full = True  # a window's keys stay until their cells are needed: see first_position
         raw.no_perf = True
         raw.embeddings = params.embeddings
         if params.embeddings:
@@ -88,7 +90,7 @@ class Context:
         self._decode = low.llama_decode
         self._logits = low.llama_get_logits_ith
         self.params = params
-        self.context_tokens: int = low.llama_n_ctx(self._handle)
+        self.context_tokens = params.context_tokens
         self.embedding_width = model.embedding_width
         self._n_vocab = model.vocab.n_tokens
 
@@ -139,6 +141,19 @@ class Context:
     def load(self, sequence: int, data: Bytes) -> bool:
         """Gives `sequence` what `save` copied. False if there is no run of free cells long enough."""
         return bool(lib().llama_state_seq_set_data(self._handle, _pointer(data), data.nbytes, sequence))
+
+    @property
+    def has_memory(self) -> bool:
+        """False for encoders, which keep nothing from one call to the next and cannot generate."""
+        return bool(self._memory)
+
+    def saved_bytes(self, sequence: int) -> int:
+        """How large `save` would be."""
+        return int(lib().llama_state_seq_get_size(self._handle, sequence))
+
+    def first_position(self, sequence: int) -> int:
+        """The lowest position that every layer still holds for `sequence`, -1 if none."""
+        return int(lib().llama_memory_seq_pos_min(self._memory, sequence))
 
     def last_position(self, sequence: int) -> int:
         """The highest position held for `sequence`, -1 if none."""

@@ -28,10 +28,15 @@ class Model:
             raise ModelLoadError(f"llama.cpp could not load {path.name}: {take_errors() or 'no reason given'}")
         self.path = path
         self.vocab = Vocab(self._handle)
+        if fault := self.vocab.fault():
+            self.close()
+            raise ModelLoadError(f"{path.name} cannot be used: {fault}")
         self.trained_context_tokens: int = low.llama_model_n_ctx_train(self._handle)
-        self.embedding_width: int = low.llama_model_n_embd(self._handle)
+        self.embedding_width: int = low.llama_model_n_embd_out(self._handle)
         self.has_encoder: bool = low.llama_model_has_encoder(self._handle)
         self.has_decoder: bool = low.llama_model_has_decoder(self._handle)
+        # Keys and values further back than this many positions may be gone from a cache; 0: none ever are.
+        self.window_tokens: int = low.llama_model_n_swa(self._handle)
         # Recurrent state cannot be cut back to an earlier position: no partial prefix reuse, no drafting.
         self.can_roll_back: bool = not (
             low.llama_model_is_recurrent(self._handle) or low.llama_model_is_hybrid(self._handle)

@@ -44,7 +44,11 @@ def use_huge_pages() -> int:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     moved = 0
-    for start, end in _large_buffers(Path("/proc/self/maps").read_text()):
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:  # /proc is not mounted
+        return 0
+    for start, end in _large_buffers(maps):
         first, last = -(-start // size) * size, end // size * size
         if first >= last or madvise(first, last - first, _MADV_HUGEPAGE) != 0:
             continue

@@ -16,7 +16,7 @@ import numpy as np
 from edgellm.backend.context import Context
 from edgellm.backend.library import lib, take_errors
 from edgellm.backend.vocab import Vocab
-from edgellm.errors import GrammarError
+from edgellm.errors import BackendError, GrammarError
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ class Sampler:
 
     def sample(self, context: Context, row: int) -> int | None:
         """Draws a token from batch row `row` and remembers it. None when the grammar leaves no token to draw."""
+        if self._chain is None:
+            raise BackendError("the sampler is closed")
         if self._grammar is None:
             return int(self._sample(self._chain, context.handle, row))
         return self._sample_constrained(context, row)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from edgellm.backend.library import lib
 from edgellm.errors import BackendError
+
+_T = TypeVar("_T")
+_INLINE_BYTES = 4096
+_STACK_BYTES_PER_BYTE = 1 << 10
+_STACK_BYTES_MAX = 1 << 30
+_stack_lock = threading.Lock()  # the size of a new thread's stack is a setting of the whole process
 
 
 class Vocab:
@@ -38,6 +46,11 @@ class Vocab:
         tokens instead of text.
         """
         data = text.encode("utf-8", "surrogatepass")
+        if len(data) <= _INLINE_BYTES:
+            return self._tokenize(data, add_special, parse_special)
+        return _with_deep_stack(len(data), lambda: self._tokenize(data, add_special, parse_special))
+
+    def _tokenize(self, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
         size = len(data) + 8
         buffer = (ctypes.c_int32 * size)()
         low = lib()
@@ -49,6 +62,26 @@ class Vocab:
         if count < 0:
             raise BackendError("llama.cpp could not tokenise the text")
         return list(buffer[:count])
+
+    def fault(self) -> str | None:
+        """What is missing that llama.cpp takes for granted while it tokenises: it would end the process."""
+        low = lib()
+        if self.adds_bos and self.bos < 0:
+            return "its tokenizer adds a BOS token, but names none"
+        if low.llama_vocab_get_add_eos(self._handle) and self.eos < 0:
+            return "its tokenizer adds an EOS token, but names none"
+        if low.llama_vocab_type(self._handle) != low.LLAMA_VOCAB_TYPE_SPM:
+            return None
+        missing = {f"<0x{byte:02X}>".encode(): bytes([byte]) for byte in range(256)}
+        for token in range(self.n_tokens):
+            text = low.llama_vocab_get_text(self._handle, token)
+            missing.pop(text, None)
+            if not missing:  # as a rule they are among the first few hundred
+                return None
+        texts = {low.llama_vocab_get_text(self._handle, token) for token in range(self.n_tokens)}
+        if all(single in texts for single in missing.values()):
+            return None
+        return f"its vocabulary has no tokens for {len(missing)} of the 256 bytes"
 
     def piece(self, token: int) -> bytes:
         """The bytes `token` stands for; control tokens such as `<|im_end|>` give none."""
@@ -85,3 +118,31 @@ class Vocab:
     def longest_piece_bytes(self) -> int:
         """Most bytes that one token stands for, so that n bytes of text are at least n / longest tokens."""
         return max(len(self._read_piece(token, special=True)) for token in range(self.n_tokens))
+
+
+def _with_deep_stack(size: int, function: Callable[[], _T]) -> _T:
+    """Runs `function` in a thread whose stack goes with `size`, the text's bytes.
+
+    The splitters of many vocabularies use std::regex, which recurses at every character of a run (llama.cpp's
+    src/unicode.cpp), some 400 bytes each. Stack that is not touched costs nothing.
+    """
+    results: list[_T] = []
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            faults.append(error)
+
+    with _stack_lock:
+        usual = threading.stack_size(min((16 << 20) + size * _STACK_BYTES_PER_BYTE, _STACK_BYTES_MAX))
+        try:
+            thread = threading.Thread(target=run, name="edgellm-tokenize", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    if faults:
+        raise faults[0]
+    return results[0]

@@ -17,6 +17,7 @@ from edgellm.errors import SchemaError
 Schema = dict[str, Any]
 
 MAX_DEPTH = 64
+_MAX_PARTS = 200  # of one allOf
 MAX_NODES = 10_000  # subschemas looked at, those that allOf and anyOf multiply included
 MAX_ENUM = 2_000
 MAX_OPTIONAL = 500  # of one object: any of them may come next, and llama.cpp tries each
@@ -214,6 +215,8 @@ class _Converter:
         parts = schema["allOf"]
         if not isinstance(parts, list) or not parts:
             raise SchemaError("allOf must be a list of schemas", f"{path}/allOf")
+        if len(parts) > _MAX_PARTS:
+            raise SchemaError(f"allOf has more than {_MAX_PARTS} parts", f"{path}/allOf")
         whole: object = {name: value for name, value in schema.items() if name != "allOf"}
         for number, part in enumerate(parts):
             here = f"{path}/allOf/{number}"

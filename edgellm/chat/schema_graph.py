@@ -18,6 +18,7 @@ Edges = dict[str, set[str]]
 
 _MAX_WAYS = 1000  # that may be open at once
 _MAX_PAIRS = 50_000
+_CONSTANTS_A_PAIR = 64  # so many constants to compare cost about as much as a pair
 _CONTAINERS = {"object", "array"}
 _SCALARS = {"string", "number", "integer", "boolean", "null"}
 _OBJECT_KEYS = ("properties", "required", "additionalProperties")
@@ -79,11 +80,33 @@ def loops(edges: Edges) -> list[str]:
     return [node for node, targets in edges.items() if any(group[target] == group[node] for target in targets)]
 
 
+class _Look:
+    """Compares the constants of schemas, each read once, and counts the work."""
+
+    def __init__(self, expand: Callable[[object], object]) -> None:
+        self.expand = expand
+        self.work = 0  # in pairs of alternatives
+        self._known: dict[int, tuple[object, set[str]]] = {}  # by id(schema), which is kept alive beside
+
+    def disjoint(self, first: object, second: object) -> bool:
+        """Whether both have constants, and none in common."""
+        one, two = self._constants(first), self._constants(second)
+        self.work += min(len(one), len(two)) // _CONSTANTS_A_PAIR
+        return bool(one and two and one.isdisjoint(two))
+
+    def _constants(self, schema: object) -> set[str]:
+        known = self._known.get(id(schema))
+        if known is None:
+            known = self._known[id(schema)] = (schema, _constants(self.expand(schema)))
+            self.work += len(known[1]) // _CONSTANTS_A_PAIR
+        return known[1]
+
+
 def check_unions(edges: Edges, unions: list[Union], expand: Callable[[object], object]) -> None:
     """Raise SchemaError where open ways multiply without end, or beyond a limit. `expand` follows a schema's $ref."""
     group = components(edges)
     ways: dict[str, int] = {}
-    pairs = 0
+    look = _Look(expand)
     for union in unions:
         containers = [
             (node, schema)
@@ -93,10 +116,10 @@ def check_unions(edges: Edges, unions: list[Union], expand: Callable[[object], o
         for number, (node, schema) in enumerate(containers):
             alike = 1
             for other_node, other in containers[:number]:
-                pairs += 1
-                if pairs > _MAX_PAIRS:
+                look.work += 1
+                if look.work > _MAX_PAIRS:
                     raise SchemaError("too many alternatives", union.path)
-                if told_apart(schema, other, expand):
+                if _told_apart(schema, other, look):
                     continue
                 alike += 1
                 if group[node] == group[other_node] == group[union.node]:
@@ -141,16 +164,16 @@ def kinds(schema: object) -> set[str]:
     return implied or _CONTAINERS | _SCALARS
 
 
-def told_apart(first: object, second: object, expand: Callable[[object], object]) -> bool:
+def _told_apart(first: object, second: object, look: _Look) -> bool:
     """Whether the first few characters of a value say which of two schemas it follows."""
     both = kinds(first) & kinds(second) & _CONTAINERS
     if not both:
         return True
     if not isinstance(first, dict) or not isinstance(second, dict):
         return False
-    if "array" in both and not _disjoint(_first_item(first), _first_item(second), expand):
+    if "array" in both and not look.disjoint(_first_item(first), _first_item(second)):
         return False
-    return "object" not in both or _objects_told_apart(first, second, expand)
+    return "object" not in both or _objects_told_apart(first, second, look)
 
 
 def _first_item(schema: Schema) -> object:
@@ -158,11 +181,11 @@ def _first_item(schema: Schema) -> object:
     return items[0] if isinstance(items, list) and items and schema.get("minItems", 0) else None
 
 
-def _objects_told_apart(first: Schema, second: Schema, expand: Callable[[object], object]) -> bool:
+def _objects_told_apart(first: Schema, second: Schema, look: _Look) -> bool:
     for (name, one), (other_name, other) in zip(_required_first(first), _required_first(second), strict=False):
-        if name != other_name or _disjoint(one, other, expand):
+        if name != other_name or look.disjoint(one, other):
             return True
-        if kinds(expand(one)) & _CONTAINERS or kinds(expand(other)) & _CONTAINERS:
+        if kinds(look.expand(one)) & _CONTAINERS or kinds(look.expand(other)) & _CONTAINERS:
             return False
     return False
 
@@ -178,11 +201,6 @@ def _required_first(schema: Schema) -> list[tuple[str, object]]:
             break
         found.append((name, value))
     return found
-
-
-def _disjoint(first: object, second: object, expand: Callable[[object], object]) -> bool:
-    one, two = _constants(expand(first)), _constants(expand(second))
-    return bool(one and two and not one & two)
 
 
 def _constants(schema: object) -> set[str]:

@@ -78,6 +78,7 @@ class ChatTemplate:
     async def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Message] | None = None,
         add_generation_prompt: bool = True,
@@ -97,6 +98,7 @@ class ChatTemplate:
     def render_sync(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Message] | None = None,
         add_generation_prompt: bool = True,

@@ -28,6 +28,10 @@ class Memory(Protocol):
 
     def copy(self, source: int, target: int, end: int) -> None: ...
 
+    def saved_bytes(self, sequence: int) -> int: ...
+
+    def first_position(self, sequence: int) -> int: ...
+
     def save(self, sequence: int) -> Bytes: ...
 
     def load(self, sequence: int, data: Bytes) -> bool: ...
@@ -81,9 +85,14 @@ class PrefixCache:
         idle_cells: int,
         saved_bytes: int = 0,
         can_roll_back: bool = True,
+        window: int = 0,
     ) -> None:
+        """`window`: attention of some layers reaches only so many tokens back, and what lies further back may be gone
+        from the cells; 0: it reaches all of them."""
         self._memory = memory
         self._can_roll_back = can_roll_back
+        self._window = window
+        self._whole_only = window > 0 or not can_roll_back  # what was saved can be continued at its end only
         self._idle_cells = idle_cells
         self._free_ids = list(range(sequences - 1, -1, -1))
         self._live: dict[int, Entry] = {}
@@ -207,18 +216,26 @@ class PrefixCache:
             length = common_prefix(entry.tokens, tokens)
             if not self._can_roll_back and (length < len(entry.tokens) or entry.sequence in self._live):
                 continue  # a recurrent state can only be continued from its end, and belongs to one sequence
+            if self._window and length < len(entry.tokens) and not self._holds_window(entry, length):
+                continue
             if length > best_length or (length == best_length and best is not None and length == len(entry.tokens)):
                 best, best_length = entry, length
         return best, best_length
+
+    def _holds_window(self, entry: Entry, length: int) -> bool:
+        """Whether all that the token after the first `length` attends to is still there."""
+        return self._memory.first_position(entry.sequence) <= max(0, length - self._window)
 
     def _restore(self, tokens: list[int], adapters: AdapterSet, in_cells: int) -> Entry | None:
         """Brings back the saved sequence that shares the longest prefix with `tokens`, if that is worth it: clearly
         longer than the `in_cells` tokens that the cells offer already."""
         candidates = [(common_prefix(s.tokens, tokens), s) for s in self._saved if s.adapters == adapters]
+        if self._whole_only:
+            candidates = [(length, saved) for length, saved in candidates if length == len(saved.tokens)]
         length, saved = max(candidates, key=lambda pair: pair[0], default=(0, None))
         if saved is None or length < in_cells + _WORTH_SAVING_TOKENS:
             return None
-        if (not self._can_roll_back and length < len(saved.tokens)) or not self.reserve(len(saved.tokens)):
+        if not self.reserve(len(saved.tokens)):
             return None
         entry = Entry(self._take_id(keep=None), adapters)
         if not self._memory.load(entry.sequence, saved.data):
@@ -237,12 +254,15 @@ class PrefixCache:
         if len(entry.tokens) < _WORTH_SAVING_TOKENS or not self._saved_limit:
             return False
         mine = [saved for saved in self._saved if saved.adapters == entry.adapters]
-        if any(common_prefix(saved.tokens, entry.tokens) == len(entry.tokens) for saved in mine):
+        covering = next((saved for saved in mine if self._covers(saved.tokens, entry.tokens)), None)
+        if covering is not None:
+            self._saved.remove(covering)
+            self._saved.append(covering)
             return True
-        data = self._memory.save(entry.sequence)
-        if data.nbytes > self._saved_limit:
+        if self._memory.saved_bytes(entry.sequence) > self._saved_limit:
             return False
-        covered = [saved for saved in mine if common_prefix(saved.tokens, entry.tokens) == len(saved.tokens)]
+        data = self._memory.save(entry.sequence)
+        covered = [saved for saved in mine if self._covers(entry.tokens, saved.tokens)]
         self._saved = [saved for saved in self._saved if saved not in covered]
         self._saved.append(Saved(entry.adapters, list(entry.tokens), data))
         while self.saved_bytes > self._saved_limit:
@@ -258,6 +278,12 @@ class PrefixCache:
                 continue
             if self._save(entry) or len(entry.tokens) < _WORTH_SAVING_TOKENS:
                 self.discard(entry)
+
+    def _covers(self, longer: list[int], shorter: list[int]) -> bool:
+        """Whether what holds `longer` can stand in for what holds `shorter`."""
+        if self._whole_only:
+            return longer == shorter
+        return common_prefix(longer, shorter) == len(shorter)
 
     def _share(self, source: Entry, target: Entry, length: int) -> None:
         self._memory.copy(source.sequence, target.sequence, length)

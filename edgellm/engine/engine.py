@@ -158,7 +158,7 @@ class Engine:
         with self._gate:
             self._ended = True
         self._drain()
-        for worker in self._workers:
+        for worker in reversed(self._workers):  # an embedder's context goes before the runner's model
             worker.fail_all(ShuttingDownError("The server is shutting down"))
             worker.close()
         self._workers.clear()

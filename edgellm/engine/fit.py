@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edgellm.config import Settings
 from edgellm.models.describe import ModelInfo
 from edgellm.models.memory import MemoryEstimate, estimate_memory
@@ -11,18 +13,28 @@ BATCH_TOKENS = 512
 
 _DEFAULT_CONTEXT_TOKENS = 8192
 _IDLE_SEQUENCES = 24
+_POSITION_TABLE = frozenset({"gpt2", "starcoder", "bert", "mpt"})
 
 
 def context_tokens_for(info: ModelInfo, settings: Settings) -> int:
     """KV cells that the model will be given."""
     if settings.context_tokens is not None:
-        return settings.context_tokens
+        # A table of positions ends where the model's own context does; llama.cpp would read past it.
+        bounded = info.architecture in _POSITION_TABLE and info.context_tokens
+        return min(settings.context_tokens, info.context_tokens) if bounded else settings.context_tokens
     return min(info.context_tokens or _DEFAULT_CONTEXT_TOKENS, _DEFAULT_CONTEXT_TOKENS)
 
 
 def memory_for(info: ModelInfo, settings: Settings) -> MemoryEstimate:
     """What loading the model will take."""
-    return estimate_memory(info, context_tokens_for(info, settings), sequences_for(info, settings), BATCH_TOKENS)
+    estimate = estimate_memory(
+        info,
+        context_tokens_for(info, settings),
+        sequences_for(info, settings),
+        BATCH_TOKENS,
+        flash_attention=settings.flash_attention != "off",
+    )
+    return replace(estimate, prefix_bytes=settings.prefix_memory_bytes if info.causal else 0)
 
 
 def sequences_for(info: ModelInfo, settings: Settings) -> int:

@@ -73,11 +73,11 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
             flash_attention=settings.flash_attention,
         )
         context = Context(model, params)
-        if huge:
-            _log.debug("%s: %d MB in huge pages", info.path.name, use_huge_pages() >> 20)
     except BaseException:
         model.close()
         raise
+    if huge:
+        _log.debug("%s: %d MB in huge pages", info.path.name, use_huge_pages() >> 20)
     cache = PrefixCache(
         context,
         context.context_tokens,
@@ -85,6 +85,7 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         idle_cells=context.context_tokens // _IDLE_SHARE,
         saved_bytes=settings.prefix_memory_bytes,
         can_roll_back=model.can_roll_back,
+        window=model.window_tokens,
     )
     limits = RunnerLimits(
         parallel=settings.parallel,

@@ -23,6 +23,8 @@ from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
     AdapterError,
     AdapterNotFoundError,
+    ConfigError,
+    InvalidModelFileError,
     ModelNotFoundError,
     ModelTooLargeError,
     ModelUnsupportedError,
@@ -75,7 +77,12 @@ class ModelManager:
         self._reserved: dict[str, int] = {}  # bytes of models being loaded
         self._adapters: dict[str, AdapterRecord] = {}
         self._closing = False
-        self._configured = {m.name: m for m in (store.find(name) for name in settings.model or (default_model,))}
+        self._configured: dict[str, StoredModel] = {}
+        for model in (store.find(name) for name in settings.model or (default_model,)):
+            if self._configured.setdefault(model.name, model).path != model.path:
+                raise ConfigError(
+                    f"two models are called '{model.name}': {self._configured[model.name].path}, {model.path}"
+                )
         self.default = next(iter(self._configured))
         self.budget_bytes = settings.memory_budget_bytes or int(available_memory_bytes() * _BUDGET_SHARE)
         self._reaper = threading.Thread(target=self._reap, name="edgellm-reaper", daemon=True)
@@ -200,7 +207,7 @@ class ModelManager:
             records = [record for record in self._adapters.values() if record.model == model.name]
         try:
             for record in records:
-                self._attach(loaded, record)
+                self._attach_again(loaded, record, model)
         except BaseException:
             self._engine.remove(runner)
             raise
@@ -318,6 +325,16 @@ class ModelManager:
         if loaded is not None:
             runner = loaded.runner
             self._engine.call(lambda: runner.remove_adapter(name)).result()
+
+    def _attach_again(self, loaded: LoadedModel, record: AdapterRecord, model: StoredModel) -> None:
+        """After the model was unloaded. An adapter whose file has gone or changed is withdrawn; the model serves on."""
+        try:
+            self._check_base(describe(record.path), model)
+            self._attach(loaded, record)
+        except (AdapterError, InvalidModelFileError, ModelNotFoundError, OSError) as error:
+            _log.error("the adapter '%s' is withdrawn: %s", record.name, error)
+            with self._lock:
+                self._adapters.pop(record.name, None)
 
     def _attach(self, loaded: LoadedModel, record: AdapterRecord) -> None:
         runner = loaded.runner

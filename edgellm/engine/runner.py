@@ -23,7 +23,7 @@ from edgellm.engine.logprobs import token_logprob
 from edgellm.engine.plan import Share, choose_adapters, plan_step
 from edgellm.engine.sequence import Answer, Job, Proposer
 from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
-from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError
+from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError, ModelUnsupportedError
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ class Runner:
         self._number += 1
         job = Job(request, sink, self._number)
         try:
+            if self.model.has_encoder or not self.context.has_memory:
+                raise ModelUnsupportedError("This model makes embeddings; it does not generate text")
             self._check_adapters(request.adapters)
             sampling = request.sampling
             if request.ignore_eos:
@@ -264,8 +266,8 @@ class Runner:
         for share in shares:
             row += share.rows
             answer = share.answer
-            if not share.completes:
-                continue  # the prompt goes on in the next step
+            if answer.finished or not share.completes:
+                continue  # its job failed just now; or the prompt goes on in the next step
             reads_prompt = not answer.generated
             self._draw(share, row - 1 - len(share.draft))
             if reads_prompt and not answer.index:
@@ -307,7 +309,7 @@ class Runner:
         answer.tokens.append(token)
         answer.generated += 1
         self.stats.generated_tokens += 1
-        self._report(answer.job, TokenEvent(answer.index, token, logprob))
+        self._report(answer.job, TokenEvent(answer.index, token, logprob, answer.cached_tokens))
         if answer.generated >= request.max_tokens or len(answer.tokens) >= self.context.context_tokens:
             self._finish(answer, FinishReason.LENGTH)
             return None

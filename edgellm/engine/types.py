@@ -71,6 +71,7 @@ class TokenEvent:
     index: int
     token: int
     logprob: TokenLogprob | None = None
+    cached_tokens: int = 0  # of the prompt
 
 
 @dataclass(frozen=True, slots=True)

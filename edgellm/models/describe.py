@@ -11,6 +11,8 @@ from edgellm.models.gguf import GGUFHeader, Value, read_header
 from edgellm.models.split import split_headers
 
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+# llama.cpp itself makes these non-causal, whatever the file says (src/models/*.cpp).
+_LOOKS_BOTH_WAYS = frozenset({"gemma-embedding", "dream", "llada", "llada-moe", "rnd1"})
 _RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
 _TOKENIZERS = {"gpt2": "bpe", "llama": "sentencepiece", "t5": "unigram", "bert": "wordpiece", "rwkv": "rwkv"}
 
@@ -115,7 +117,7 @@ def describe(source: GGUFHeader | Path | str) -> ModelInfo:
         experts=facts.number("expert_count"),
         experts_used=max(facts.per_layer("expert_used_count", max(layers, 1)), default=0),
         pooling=_POOLING.get(pooling, str(pooling)) if isinstance(pooling, int) else None,
-        causal=facts.own("attention.causal") is not False,
+        causal=facts.own("attention.causal") is not False and facts.architecture not in _LOOKS_BOTH_WAYS,
         recurrent=facts.architecture in _RECURRENT or _state(facts, headers) is not None,
         state=_state(facts, headers),
         adapter=_adapter(header, facts) if is_adapter else None,

@@ -18,7 +18,7 @@ from typing import BinaryIO, NoReturn
 
 from edgellm.errors import InvalidModelFileError, ModelNotFoundError
 from edgellm.models.ggml_types import GGML_TYPES, REMOVED_TYPES, GGMLType
-from edgellm.models.sanity import check_metadata
+from edgellm.models.sanity import check_metadata, check_tensor
 
 MAX_HEADER_BYTES = 256 << 20  # the largest vocabularies in use need about 16 MB
 MAX_STRING_BYTES = 8 << 20
@@ -358,6 +358,8 @@ class _HeaderReader:
             gone = f"{REMOVED_TYPES[code]}, which llama.cpp no longer reads" if code in REMOVED_TYPES else "unknown"
             self._fail(f"tensor {name!r} has type {code}: {gone}")
         kind = GGML_TYPES[code]
+        if fault := check_tensor(name, n_dims, kind.name):
+            self._fail(f"tensor {name!r} {fault}")
         row = dims[0] if dims else 1
         if row % kind.block_elements:
             self._fail(f"rows of {name!r} have {row} elements, not a multiple of {kind.name}'s {kind.block_elements}")

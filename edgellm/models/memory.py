@@ -28,10 +28,11 @@ class MemoryEstimate:
     weights_bytes: int
     kv_bytes: int
     compute_bytes: int
+    prefix_bytes: int = 0  # at most: finished sequences that were moved out of the KV cells
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.prefix_bytes
 
 
 def estimate_memory(
@@ -39,10 +40,10 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """An upper estimate for one context of `info` with `context_tokens` KV cells shared by `sequences`.
 
-    KV: f16 keys and values of every layer with attention; sliding windows are ignored, so models that have them need
-    less. Recurrent state: f32, for each sequence. Compute: the activations of one chunk (eight rows of the model's
-    width and four of its feed-forward width for each token), the attention mask, the scores where flash attention is
-    off, and two copies of one row of logits for each sequence.
+    KV: f16 keys and values of every layer with attention; sliding windows are ignored: their layers keep all
+    cells as well. Recurrent state: f32, for each sequence. Compute: the activations of one chunk (eight rows of the
+    model's width and four of its feed-forward width for each token), the attention mask, the scores where flash
+    attention is off, and two copies of one row of logits for each sequence.
     """
     cells = -(-max(context_tokens, 1) // _CELLS_STEP) * _CELLS_STEP
     chunk = min(chunk_tokens, cells)

@@ -20,6 +20,7 @@ _EVEN_HEADS = frozenset({
     "orion", "plamo", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "seed_oss",
     "smollm3", "starcoder2", "xverse",
 })  # fmt: skip
+_NO_KERNELS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 _ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
 
 # Keys of one fixed type. "int" is any integer type.
@@ -61,6 +62,16 @@ def check_metadata(metadata: Mapping[str, Value], types: Mapping[str, str]) -> s
     return _check_vocabulary(metadata) or _check_shape(architecture, metadata, types)
 
 
+def check_tensor(name: str, n_dims: int, kind: str) -> str | None:
+    """What is wrong with a tensor's type, in words, or None: llama.cpp has no CPU kernels for it, and finds that out
+    in the middle of a step."""
+    if name.endswith((".weight", ".lora_a", ".lora_b")) and kind in _NO_KERNELS:
+        return f"is of type {kind}, which weights cannot have"
+    if name.endswith("norm.weight") and n_dims == 1 and kind != "F32":
+        return f"is of type {kind}, but norms must be F32"
+    return None
+
+
 def _length(value: Value | None) -> int | None:
     if value is None or isinstance(value, (int, float, str)):
         return None
@@ -88,6 +99,13 @@ class _Numbers:
     def one(self, key: str, default: int = 0) -> int:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         return value if isinstance(value, int) else -1
+
+    def each(self, key: str) -> list[int]:
+        """One number a layer, whether the file gives one for all or an array."""
+        value = self.metadata.get(f"{self.architecture}.{key}", 0)
+        if isinstance(value, tuple):
+            return [item if isinstance(item, int) else 0 for item in value]
+        return [self.one(key)] * max(self.one("block_count", 1), 1)
 
     def most(self, key: str) -> int:
         """The largest of all layers."""
@@ -135,6 +153,11 @@ def _check_heads(numbers: _Numbers) -> str | None:
     if scaling not in _ROPE_SCALINGS:
         return f"{name}.rope.scaling.type {scaling!r} is unknown"
     heads, width = numbers.one("attention.head_count"), numbers.one("embedding_length")
+    for layer_heads, layer_kv in zip(
+        numbers.each("attention.head_count"), numbers.each("attention.head_count_kv"), strict=False
+    ):
+        if layer_heads > 0 and layer_kv > 0 and layer_heads % layer_kv:
+            return f"{name}: {layer_heads} heads cannot share {layer_kv} heads of keys and values"
     if name not in _EVEN_HEADS or heads <= 0 or width <= 0:
         return None
     keys = numbers.one("attention.key_length", width // heads)

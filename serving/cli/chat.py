@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from edgellm.chat.text import TextAssembler
 from edgellm.config import Settings
@@ -85,11 +86,11 @@ class _Conversation:
             pass  # what was said so far stands
         except ContextLengthError as error:
             self._messages.pop()
-            self._console.print(f"[red]{error}[/red] /reset starts over.")
+            self._console.print(f"[red]{escape(str(error))}[/red] /reset starts over.")
             return
         except EdgeLLMError as error:
             self._messages.pop()
-            self._console.print(f"[red]{error}[/red]")
+            self._console.print(f"[red]{escape(str(error))}[/red]")
             return
         sys.stdout.write("\n")
         self._messages.append({"role": "assistant", "content": "".join(said)})

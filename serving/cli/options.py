@@ -14,7 +14,8 @@ def setting(field: str, *names: str) -> Any:
     """A typer option for the setting `field`. The option itself defaults to None: not given."""
     info = Settings.model_fields[field]
     flags = names or ("--" + re.sub(r"_(s|bytes)$", "", field).replace("_", "-"),)
-    return typer.Option(*flags, help=info.description, show_default=_shown(field, info.default))
+    text = f"{info.description} [EDGELLM_{field.upper()}]"
+    return typer.Option(*flags, help=text, show_default=_shown(field, info.default))
 
 
 def _shown(field: str, default: Any) -> str | bool:

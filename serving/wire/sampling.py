@@ -23,6 +23,12 @@ GRAMMAR_REPEATS_MAX = 250  # in a row they multiply the ways to read a text, all
 TIMEOUT_S_MAX = 86_400.0
 SEEDS = 2**32 - 1  # llama.cpp takes 0xFFFFFFFF for "any seed", so that one is not used
 
+# Quoted texts, character classes, token names, comments; possessive, and to the end if they are not closed, so that no
+# text takes more than one pass.
+_LITERALS = re.compile(
+    r'"(?:\\.|[^"\\])*+(?:"|\\?\Z)|\[(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|<[^>]*+(?:>|\Z)|#[^\r\n]*+', re.DOTALL
+)
+
 TokenId = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 StopText = Annotated[Text, Field(min_length=1, max_length=STOP_CHARS_MAX)]
@@ -59,7 +65,7 @@ def _few(value: Any) -> Any:
 
 def _shallow(grammar: str) -> str:
     depth = 0
-    plain = re.sub(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|<[^>]*>|#[^\r\n]*', "", grammar, flags=re.DOTALL)
+    plain = re.sub(_LITERALS, "", grammar)
     for bracket in re.findall(r"[()]", plain):
         depth += 1 if bracket == "(" else -1
         if depth > GRAMMAR_DEPTH_MAX:
@@ -93,7 +99,7 @@ class GenerationRequest(RequestModel):
     stop: Stop | None = Field(default=None, description="Texts that end the answer; they are not part of it.")
 
     temperature: Annotated[float, Field(ge=0, le=2), NULL_IS_DEFAULT] = Field(default=1.0, description="0 is greedy.")
-    top_p: PositiveUnit = Field(default=1.0, description="Draw from the most likely tokens of this total probability.")
+    top_p: Unit = Field(default=1.0, description="Draw from the most likely tokens of this total probability.")
     presence_penalty: Penalty = Field(default=0.0, description="Subtracted from tokens that occurred in the answer.")
     frequency_penalty: Penalty = Field(
         default=0.0, description="Subtracted for each time a token occurred in the answer."

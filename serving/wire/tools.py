@@ -19,7 +19,9 @@ class FunctionDefinition(WirePart):
     parameters: JsonObject | None = Field(
         default=None, description="JSON schema of the arguments. Default: none are taken."
     )
-    strict: bool | None = Field(default=None, description="Accepted; forced calls always follow the schema.")
+    strict: bool | None = Field(
+        default=None, description="false: calls need not follow the schema unless they are forced."
+    )
 
 
 class Tool(WirePart):
@@ -71,7 +73,9 @@ class JsonSchemaFormat(WirePart):
     schema_: JsonObject | None = Field(
         default=None, alias="schema", description="The JSON schema. Default: any object."
     )
-    strict: bool | None = Field(default=None, description="Accepted; answers always follow the schema.")
+    strict: bool | None = Field(
+        default=None, description="false: objects may have properties that the schema does not name."
+    )
 
 
 class TextResponseFormat(WirePart):

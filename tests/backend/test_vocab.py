@@ -47,3 +47,9 @@ def test_grammars_that_are_refused(model: Model, gbnf: str) -> None:
 def test_grammars_that_are_not(model: Model) -> None:
     check_grammar(model.vocab, Grammar('root ::= "a" other*\nother ::= [0-9]'))
     check_grammar(model.vocab, Grammar('root ::= "<" [0-9]', lazy_patterns=("(<)",)))
+
+
+def test_long_texts_have_a_stack_of_their_own(model: Model) -> None:
+    text = "a" * 100_000
+    tokens = model.vocab.tokenize(text, add_special=False, parse_special=False)
+    assert b"".join(map(model.vocab.piece, tokens)) == text.encode()

@@ -23,6 +23,8 @@ class _Memory:
     def __init__(self) -> None:
         self.held: dict[int, list[int]] = {}
         self.copies = 0
+        self.saves = 0
+        self.lost: dict[int, int] = {}  # how many first positions a sequence has lost to others, window or not
         self.scattered = False  # when set, nothing can be brought back
 
     def remove(self, sequence: int, start: int = 0, end: int = -1) -> bool:
@@ -37,7 +39,14 @@ class _Memory:
         self.copies += 1
         self.held[target] = held[:end]
 
+    def saved_bytes(self, sequence: int) -> int:
+        return 8 * len(self.held[sequence])
+
+    def first_position(self, sequence: int) -> int:
+        return self.lost.get(sequence, 0)
+
     def save(self, sequence: int) -> np.ndarray:
+        self.saves += 1
         return np.array(self.held[sequence], np.int64).view(np.uint8)
 
     def load(self, sequence: int, data: np.ndarray) -> bool:
@@ -50,7 +59,7 @@ class _Cache(PrefixCache):
     """A cache of small measures, with its memory at hand."""
 
     def __init__(
-        self, capacity: int = 1000, sequences: int = 8, idle_cells: int = 1000, saved_bytes: int = 0, **more: bool
+        self, capacity: int = 1000, sequences: int = 8, idle_cells: int = 1000, saved_bytes: int = 0, **more: int
     ) -> None:
         self.memory = _Memory()
         super().__init__(
@@ -278,6 +287,46 @@ class TestSaved:
         cache.check()
 
 
+class TestSlidingWindow:
+    """What lies further back than the window may be gone, from the cells as from what was saved."""
+
+    def test_a_part_is_shared_while_its_window_is_there(self) -> None:
+        cache = _Cache(window=10)
+        entry = cache.finished(LONG)
+        assert len(cache.acquire([*LONG[:60], 7], BASE).tokens) == 60
+        cache.memory.lost[entry.sequence] = 51
+        assert len(cache.acquire([*LONG[:61], 7], BASE).tokens) == 61
+        assert len(cache.acquire([*LONG[:50], 7], BASE).tokens) == 50  # from the one that was given 60
+        cache.check()
+
+    def test_nor_shared_when_it_has_gone(self) -> None:
+        cache = _Cache(window=10)
+        cache.memory.lost[cache.finished(LONG).sequence] = 90
+        assert cache.acquire([*LONG[:60], 7], BASE).tokens == []
+        assert cache.acquire([*LONG, 7], BASE).tokens == LONG
+
+    @pytest.mark.parametrize("kind", [{"window": 10}, {"can_roll_back": False}])
+    def test_what_was_saved_is_continued_at_its_end_only(self, kind: dict[str, int]) -> None:
+        cache = _Cache(capacity=150, saved_bytes=1 << 20, **kind)
+        cache.finished(LONG)
+        cache.reserve(150)
+        assert cache.acquire([*LONG[:90], 7], BASE).tokens == []
+        assert cache.acquire([*LONG, 7], BASE).tokens == LONG
+        cache.check()
+
+    @pytest.mark.parametrize("kind", [{"window": 10}, {"can_roll_back": False}])
+    def test_a_longer_one_does_not_stand_in_for_a_shorter(self, kind: dict[str, int]) -> None:
+        cache = _Cache(capacity=300, saved_bytes=1 << 20, **kind)
+        cache.finished(LONG[:70])
+        cache.reserve(300)
+        entry = cache.acquire(LONG, BASE)
+        cache.compute(entry, LONG[len(entry.tokens) :])
+        cache.retire(entry)
+        cache.finished(LONG[:70])
+        cache.reserve(300)
+        assert len(cache.acquire([*LONG[:70], 7], BASE).tokens) == 70
+
+
 class TestMovingOut:
     """Attention scans what is idle in the cells, too: so it goes to ordinary memory when something else starts."""
 
@@ -314,6 +363,7 @@ class TestMovingOut:
         cache.finished(LONG)
         cache.acquire(range(500, 600), BASE)
         assert (cache.ledger.used, cache.idle_entries) == (100, 1)
+        assert cache.memory.saves == 0  # its size is known before it is copied
 
     def test_without_memory_for_it_everything_stays(self) -> None:
         cache = _Cache(saved_bytes=0)

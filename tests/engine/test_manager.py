@@ -19,6 +19,7 @@ from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
     AdapterError,
     AdapterNotFoundError,
+    ConfigError,
     InvalidModelFileError,
     ModelNotFoundError,
     ModelTooLargeError,
@@ -272,20 +273,36 @@ class TestAdapters:
         with manager.use(_model(manager, "second")) as loaded:
             assert set(loaded.runner.adapters) == {"tone"}
 
-    def test_an_adapter_file_that_is_gone_leaves_nothing_behind(
-        self, make: Make, engine: Engine, left: _Left, tmp_path: Path, llama: Path
+    def test_an_adapter_file_that_is_gone_is_withdrawn_and_its_model_serves_on(
+        self, make: Make, left: _Left, tmp_path: Path, llama: Path
     ) -> None:
         manager = make(keep_alive_s=0, model=("third",))
         path = write_tiny_lora(tmp_path / "soon-gone.gguf", llama)
         manager.load_adapter("tone", path, "first")
         left.wait_for("first")
         path.unlink()
-        with pytest.raises(AdapterError):
-            manager.acquire(_model(manager, "first"))
-        assert engine.call(lambda: list(engine._workers)).result(PATIENCE_S) == []
-        manager.unload_adapter("tone")
+        with manager.use(_model(manager, "first")) as loaded:
+            assert loaded.runner.adapters == {}
+        assert manager.adapters() == []
+
+    def test_and_so_is_one_whose_file_is_another_now(
+        self, make: Make, left: _Left, tmp_path: Path, llama: Path
+    ) -> None:
+        manager = make(keep_alive_s=0, model=("third",))
+        path = write_tiny_lora(tmp_path / "soon-bad.gguf", llama)
+        manager.load_adapter("tone", path, "first")
+        left.wait_for("first")
+        path.write_bytes(path.read_bytes()[:-40])
         with manager.use(_model(manager, "first")):
-            pass
+            assert manager.adapters() == []
+
+    def test_two_models_of_one_name_are_refused(self, make: Make, tmp_path: Path, llama: Path) -> None:
+        (tmp_path / "other").mkdir()
+        paths = [tmp_path / "same.gguf", tmp_path / "other" / "same.gguf"]
+        for path in paths:
+            path.write_bytes(llama.read_bytes())
+        with pytest.raises(ConfigError, match="two models are called"):
+            make(model=tuple(map(str, paths)))
 
     def test_what_is_refused(self, make: Make, llama: Path, loras: dict[str, Path], tmp_path: Path) -> None:
         manager = make()

@@ -335,6 +335,17 @@ class TestGrammar:
         assert isinstance(bound.error, GrammarError)
         assert len(free.tokens()) == 5
 
+    def test_nor_are_the_other_answers_of_that_request_drawn(
+        self, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rare = Grammar('root ::= "\\x01" "\\x02" "\\x03"')
+        sink, _ = start(runner, PROMPT, 5, n=2, sampling=replace(GREEDY, grammar=rare))
+        while runner.running < 2:
+            runner.step()
+        monkeypatch.setattr("edgellm.backend.sampler._GRAMMAR_LIMIT_S", -1.0)
+        drain(runner)
+        assert isinstance(sink.error, GrammarError)
+
     def test_a_bad_grammar_is_an_error_event(self, runner: Runner) -> None:
         sink, _ = start(runner, PROMPT, 5, n=2, sampling=replace(GREEDY, grammar=Grammar("root ::= nowhere")))
         assert isinstance(sink.error, GrammarError)

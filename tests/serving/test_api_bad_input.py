@@ -54,7 +54,7 @@ FAULTY_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "temperature negative": ({"temperature": -0.1}, "temperature"),
     "temperature too high": ({"temperature": 2.1}, "temperature"),
     "temperature is text": ({"temperature": "warm"}, "temperature"),
-    "top_p 0": ({"top_p": 0}, "top_p"),
+    "top_p below 0": ({"top_p": -0.1}, "top_p"),
     "top_p too high": ({"top_p": 1.5}, "top_p"),
     "top_k too low": ({"top_k": -5}, "top_k"),
     "min_p too high": ({"min_p": 2}, "min_p"),

@@ -158,7 +158,7 @@ class TestChatRequest:
             ({"temperature": float("nan")}, "temperature", "finite"),
             ({"temperature": float("inf")}, "temperature", "finite"),
             ({"temperature": False}, "temperature", "must be a number, not false"),
-            ({"top_p": 0}, "top_p", "greater than 0"),
+            ({"top_p": -0.1}, "top_p", "at least 0"),
             ({"top_p": 1.01}, "top_p", "at most 1"),
             ({"n": 0}, "n", "at least 1"),
             ({"n": 129}, "n", "at most 128"),
@@ -369,3 +369,10 @@ def test_json_schema_shows_bounds_and_nulls() -> None:
     assert fields["messages"]["items"]["discriminator"]["propertyName"] == "role"
     undescribed = [name for name, schema in fields.items() if not schema.get("description")]
     assert undescribed == []
+
+
+def test_a_grammar_of_open_brackets_is_read_in_one_pass() -> None:
+    for opening in ("[", '"', "<", "[\\", "#"):
+        assert chat(grammar=opening * 30_000).grammar == opening * 30_000
+    with pytest.raises(ValidationError):
+        chat(grammar="root ::= " + "(" * 600)
