@@ -79,10 +79,9 @@ class Generation:
         arrived_s: float,
     ) -> None:
         """`arrived_s` is when the HTTP request came (time.perf_counter), for the time to first token."""
-        limit_s = service.settings.request_timeout_s
         self._metrics: ModelMetrics = service.metrics.for_model(leased.loaded.name)
         self._arrived_s = arrived_s
-        self._stream = EventStream(service.bridge(), timeout_s=min(timeout_s or limit_s, limit_s))
+        self._stream = EventStream(service.bridge(), timeout_s=service.limit_s(timeout_s), since_s=arrived_s)
         self._answers = {
             (number, index): _Answer(stops, leased.loaded, len(request.prompt))
             for number, request in enumerate(requests)

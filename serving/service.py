@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,9 +22,15 @@ from edgellm.engine.loaded import LoadedModel
 from edgellm.engine.manager import ModelManager
 from edgellm.engine.stream import EventLoopBridge
 from edgellm.engine.types import AdapterUse
-from edgellm.errors import ContextLengthError, RequestError, ShuttingDownError
+from edgellm.errors import (
+    ContextLengthError,
+    OverloadedError,
+    RequestError,
+    RequestTimeoutError,
+    ShuttingDownError,
+)
 from edgellm.models.bundled import DEFAULT_MODEL
-from edgellm.models.store import ModelStore
+from edgellm.models.store import ModelStore, StoredModel
 from serving.metrics import Metrics, ModelSnapshot
 
 _log = logging.getLogger(__name__)
@@ -54,6 +64,15 @@ class Leased:
     arrival: _Arrival
 
 
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A model on its way into memory, and how many requests wait for it."""
+
+    done: asyncio.Future[LoadedModel]
+    waiting: int = 0
+    settled: bool = False
+
+
 class Service:
     """One server's state. Created before the event loop runs; `close` ends everything."""
 
@@ -64,6 +83,7 @@ class Service:
         self.store = store or ModelStore()
         self._bridge: EventLoopBridge | None = None
         self._templates: dict[tuple[str, str], ChatTemplate] = {}
+        self._loads: dict[str, _Load] = {}
         try:
             self.models = ModelManager(settings, self.store, self.engine, DEFAULT_MODEL, self._forget_templates)
         except BaseException:
@@ -111,20 +131,17 @@ class Service:
     # --- models ---------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, name: str | None) -> AsyncIterator[Leased]:
-        """The model that a request names, loaded if need be, and kept until the block ends."""
+    async def lease(
+        self, name: str | None, timeout_s: float | None = None, arrived_s: float | None = None
+    ) -> AsyncIterator[Leased]:
+        """The model that a request names, loaded if need be, and kept until the block ends. The rest as `in_time`."""
         if self.closing:
             raise ShuttingDownError("The server is shutting down")
         model, own = self.models.resolve(name)
         loaded = self.models.acquire_loaded(model.name)
         if loaded is None:
-            # Shielded: another request may be waiting for this very load, and a lease must not be lost.
-            loading = asyncio.ensure_future(asyncio.to_thread(self.models.acquire, model))
-            try:
-                loaded = await asyncio.shield(loading)
-            except asyncio.CancelledError:
-                loading.add_done_callback(self._release_orphan)
-                raise
+            async with self.in_time(timeout_s, arrived_s):
+                loaded = await self._load(model)
         leased = Leased(loaded, self.models, own, _Arrival(self.engine))
         self.active_requests += 1
         try:
@@ -134,9 +151,71 @@ class Service:
             self.active_requests -= 1
             self.models.release(loaded)
 
-    def _release_orphan(self, loading: asyncio.Future[LoadedModel]) -> None:
-        if not loading.cancelled() and loading.exception() is None:
-            self.models.release(loading.result())
+    async def _load(self, model: StoredModel) -> LoadedModel:
+        """A lease on a model that is not in memory: all who wait for it wait for one load, in a thread of its own."""
+        load = self._loads.get(model.name)
+        if load is None:
+            loop = asyncio.get_running_loop()
+            load = self._loads[model.name] = _Load(loop.create_future())
+            threading.Thread(target=self._load_here, args=(model, load, loop), name="edgellm-load", daemon=True).start()
+        if load.waiting >= self.settings.parallel + self.settings.queue_limit:
+            raise OverloadedError(f"The queue is full: {load.waiting} requests wait for the model '{model.name}'")
+        load.waiting += 1
+        try:
+            await asyncio.shield(load.done)
+            loaded = self.models.acquire_loaded(model.name)  # there, for the load's own lease still holds it
+            if loaded is None:
+                raise ShuttingDownError("The server is shutting down")
+            return loaded
+        finally:
+            load.waiting -= 1
+            self._settle(load)
+
+    def _load_here(self, model: StoredModel, load: _Load, loop: asyncio.AbstractEventLoop) -> None:
+        loaded, error = None, None
+        try:
+            loaded = self.models.acquire(model)
+        except BaseException as caught:
+            error = caught
+
+        def finish() -> None:
+            self._loads.pop(model.name, None)
+            if loaded is not None:
+                load.done.set_result(loaded)
+            elif error is not None:
+                load.done.set_exception(error)
+            self._settle(load)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
+            loop.call_soon_threadsafe(finish)
+
+    def _settle(self, load: _Load) -> None:
+        """Once nobody waits for the load any more, its own lease ends."""
+        if load.done.done() and not load.waiting and not load.settled:
+            load.settled = True
+            if load.done.exception() is None:
+                self.models.release(load.done.result())
+
+    @property
+    def loading(self) -> bool:
+        """Whether a model is being loaded, which nothing can interrupt."""
+        return bool(self._loads)
+
+    @asynccontextmanager
+    async def in_time(self, timeout_s: float | None, arrived_s: float | None) -> AsyncIterator[None]:
+        """Raises RequestTimeoutError when the block is not over in time: `timeout_s` seconds (None: the server's own
+        limit, which is the most) after `arrived_s` (time.perf_counter; None: now)."""
+        limit_s = self.limit_s(timeout_s)
+        spent_s = 0.0 if arrived_s is None else time.perf_counter() - arrived_s
+        try:
+            async with asyncio.timeout(None if math.isinf(limit_s) else limit_s - spent_s):
+                yield
+        except TimeoutError:
+            raise RequestTimeoutError(f"The request took longer than {limit_s:g} seconds") from None
+
+    def limit_s(self, wanted_s: float | None) -> float:
+        """How long a request may take that wishes `wanted_s` seconds."""
+        return min(wanted_s or math.inf, self.settings.request_timeout_s)
 
     def template(self, loaded: LoadedModel, *, tools: bool = False) -> ChatTemplate:
         """The model's chat template, the one for tools where there is one and `tools` is set."""

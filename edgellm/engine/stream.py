@@ -65,8 +65,10 @@ class EventLoopBridge:
 class EventStream:
     """Submits requests and hands out what becomes of them. Use it in one event loop, and `close` it in the end."""
 
-    def __init__(self, bridge: EventLoopBridge, *, timeout_s: float = float("inf")) -> None:
-        """After `timeout_s` seconds a RequestTimeoutError is reported."""
+    def __init__(
+        self, bridge: EventLoopBridge, *, timeout_s: float = float("inf"), since_s: float | None = None
+    ) -> None:
+        """`timeout_s` seconds after `since_s` (time.perf_counter; None: now) a RequestTimeoutError is reported."""
         self._bridge = bridge
         self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
@@ -74,7 +76,8 @@ class EventStream:
         self.started: set[int] = set()  # requests that have reported something; the engine thread's
         self._waiter: asyncio.Future[None] | None = None
         self._timeout_s = timeout_s
-        self._timer = self._loop.call_later(timeout_s, self._expire) if timeout_s < 1e9 else None
+        rest_s = timeout_s if since_s is None else timeout_s - (time.perf_counter() - since_s)
+        self._timer = self._loop.call_later(max(rest_s, 0.0), self._expire) if timeout_s < 1e9 else None
 
     def submit(self, runner: Runner, request: GenerateRequest) -> int:
         """Starts a request. Returns its number, which marks its events."""

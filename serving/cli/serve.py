@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -51,7 +52,10 @@ def run_server(settings: Settings) -> None:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         console.print(f"[bold]edgellm[/bold] serves [bold]{service.models.default}[/bold] on {url}  (API: {url}/docs)")
         _Server(config, service).run(sockets=[sock])
+        loading = service.loading
     _log.info("stopped")
+    if loading:  # the interpreter's end would pull the ground from under llama.cpp
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):

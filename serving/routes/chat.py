@@ -83,8 +83,9 @@ class _ChatRun:
     async def steps(self) -> AsyncGenerator[tuple[Piece, list[ToolCallEvent], FinishReason | None]]:
         """Pieces, what each adds, and the reason in an answer's last one."""
         request = self.request
-        async with self.service.lease(request.model) as leased:
-            self.job = await prepare_chat(self.service, leased, request)
+        async with self.service.lease(request.model, request.timeout, self.arrived_s) as leased:
+            async with self.service.in_time(request.timeout, self.arrived_s):
+                self.job = await prepare_chat(self.service, leased, request)
             self.vocab: Vocab = leased.loaded.vocab
             answers = [_ChatAnswer(self) for _ in range(request.n)]
             generation = Generation(

@@ -100,9 +100,11 @@ class _CompletionRun:
 
     async def steps(self) -> AsyncGenerator[Piece]:
         """Every piece; notes what the usage needs."""
-        async with self.service.lease(self.request.model) as leased:
+        timeout_s = self.request.timeout
+        async with self.service.lease(self.request.model, timeout_s, self.arrived_s) as leased:
             self.vocab = leased.loaded.vocab
-            requests = await self._requests(leased)
+            async with self.service.in_time(timeout_s, self.arrived_s):
+                requests = await self._requests(leased)
             generation = Generation(
                 self.service,
                 leased,

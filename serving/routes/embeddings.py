@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edgellm.engine.embedder import Embedder, EmbeddingJob, Vectors
-from edgellm.errors import EdgeLLMError, RequestError, RequestTimeoutError
+from edgellm.errors import EdgeLLMError, RequestError
 from serving.service import Leased, Service
 from serving.streaming import run_until_disconnect
 from serving.wire.embeddings import Embedding, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage, encode_embedding
@@ -28,13 +28,8 @@ async def _embed(service: Service, request: EmbeddingRequest) -> EmbeddingRespon
         width = embedder.context.embedding_width
         if request.dimensions is not None and request.dimensions > width:
             raise RequestError(f"The model's embeddings have {width} dimensions", "dimensions")
-        try:
-            async with asyncio.timeout(service.settings.request_timeout_s):
-                vectors = await _run(service, embedder, inputs)
-        except TimeoutError:
-            raise RequestTimeoutError(
-                f"The request took longer than {service.settings.request_timeout_s:g} seconds"
-            ) from None
+        async with service.in_time(None, None):
+            vectors = await _run(service, embedder, inputs)
         count = sum(map(len, inputs))
         data = [
             Embedding(index=index, embedding=encode_embedding(vector.tolist(), request.encoding_format))

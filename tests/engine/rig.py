@@ -96,6 +96,7 @@ def a_runner(
         idle_cells=idle_cells,
         saved_bytes=saved_bytes,
         can_roll_back=model.can_roll_back,
+        window=model.window_tokens,
     )
     limits = RunnerLimits(parallel, batch_tokens, prompt_chunk_tokens, draft_tokens)
     runner = Runner(model, context, limits, cache, proposer=proposer)

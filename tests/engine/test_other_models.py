@@ -11,11 +11,31 @@ import pytest
 
 from edgellm.backend.context import EvalCallback
 from edgellm.engine.types import FinishReason
-from edgellm.errors import BackendError
+from edgellm.errors import BackendError, ModelUnsupportedError
 from tests.engine.rig import a_runner, answer, assert_greedy, drain, live_cells, start
 from tests.support.tiny_gguf import write_tiny_llama
 
 PROMPT = list(b"the quick brown fox jumps")
+
+
+class TestEncoders:
+    @pytest.mark.parametrize("length", [10, 100])
+    def test_text_is_refused(self, bert: Path, length: int) -> None:
+        with a_runner(bert, context_tokens=128) as runner:
+            sink, _ = start(runner, list(range(5, 15)) * (length // 10), 4)
+            assert isinstance(sink.error, ModelUnsupportedError)
+            assert not runner.has_work
+
+
+class TestOddContexts:
+    @pytest.mark.parametrize("context_tokens", [64, 100, 300])
+    def test_a_prompt_may_fill_it_and_no_more_is_promised(self, llama: Path, context_tokens: int) -> None:
+        with a_runner(llama, context_tokens=context_tokens) as runner:
+            assert runner.context.context_tokens == context_tokens
+            sinks = [start(runner, (PROMPT * 20)[: context_tokens - 2], 8)[0] for _ in range(2)]
+            drain(runner)
+            assert all(len(sink.tokens()) == 2 for sink in sinks)
+            assert all(sink.finish().reason is FinishReason.LENGTH for sink in sinks)
 
 
 class TestRecurrent:
