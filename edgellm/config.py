@@ -40,7 +40,10 @@ def parse_bytes(value: Any) -> Any:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", value.lower())
     if not match:
         raise ValueError(f"not a size: {value!r} (write 4GiB, 500MB or a number of bytes)")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    size = float(match[1]) * _UNITS[match[2] or ""]
+    if size >= 2**63:
+        raise ValueError(f"{value[:40]!r} is more than any machine has")
+    return int(size)
 
 
 def parse_seconds(value: Any) -> Any:

@@ -78,7 +78,10 @@ class ModelManager:
         self._adapters: dict[str, AdapterRecord] = {}
         self._closing = False
         self._configured: dict[str, StoredModel] = {}
-        for model in (store.find(name) for name in settings.model or (default_model,)):
+        self._aliases: dict[str, str] = {}  # what the settings call a model, in lower case, and its name
+        for name in settings.model or (default_model,):
+            model = store.find(name)
+            self._aliases[name.lower()] = model.name
             if self._configured.setdefault(model.name, model).path != model.path:
                 raise ConfigError(
                     f"two models are called '{model.name}': {self._configured[model.name].path}, {model.path}"
@@ -111,10 +114,15 @@ class ModelManager:
             record = self._adapters.get(name)
         if record is not None:
             return self.resolve(record.model)[0], (AdapterUse(record.name),)
+        wanted = self.full_name(name).lower()
         for model in self.models():
-            if model.name.lower() == name.lower():
+            if model.name.lower() == wanted:
                 return model, ()
         raise ModelNotFoundError(f"The model '{name}' does not exist. GET /v1/models lists those that do.")
+
+    def full_name(self, name: str) -> str:
+        """The name that is listed for what the settings may spell in another way: `qwen/qwen2.5-0.5b-instruct-gguf`."""
+        return self._aliases.get(name.lower(), name)
 
     # --- use ------------------------------------------------------------------------------------------------------
 

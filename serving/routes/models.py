@@ -41,7 +41,9 @@ def list_models(http: Request) -> Response:
 @router.get("/v1/models/{model_id:path}", response_model=Model, summary="One model")
 def show_model(model_id: str, http: Request) -> Response:
     """404 `model_not_found` if there is none of that name."""
-    for model in _all(http.app.state.service):
-        if model.id == model_id:
+    service: Service = http.app.state.service
+    wanted = service.models.full_name(model_id).lower()
+    for model in _all(service):
+        if model.id.lower() == wanted:
             return Response(model.to_json(), media_type="application/json")
     raise ModelNotFoundError(f"The model '{model_id}' does not exist")

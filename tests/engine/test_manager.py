@@ -296,6 +296,15 @@ class TestAdapters:
         with manager.use(_model(manager, "first")):
             assert manager.adapters() == []
 
+    def test_a_model_answers_to_what_the_settings_call_it(self, make: Make, tmp_path: Path, llama: Path) -> None:
+        path = tmp_path / "Here.gguf"
+        path.write_bytes(llama.read_bytes())
+        manager = make(model=(str(path), "second"))
+        assert manager.resolve(str(path))[0].path == manager.resolve(None)[0].path == path
+        assert manager.resolve("SECOND")[0].name == "second"
+        with pytest.raises(ModelNotFoundError):
+            manager.resolve(str(tmp_path / "models" / "first.gguf"))
+
     def test_two_models_of_one_name_are_refused(self, make: Make, tmp_path: Path, llama: Path) -> None:
         (tmp_path / "other").mkdir()
         paths = [tmp_path / "same.gguf", tmp_path / "other" / "same.gguf"]
