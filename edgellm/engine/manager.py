@@ -81,7 +81,8 @@ class ModelManager:
         self._aliases: dict[str, str] = {}  # what the settings call a model, in lower case, and its name
         for name in settings.model or (default_model,):
             model = store.find(name)
-            self._aliases[name.lower()] = model.name
+            if not Path(name).expanduser().exists():  # what is on this machine's disk is not for clients to name
+                self._aliases[name.lower()] = model.name
             if self._configured.setdefault(model.name, model).path != model.path:
                 raise ConfigError(
                     f"two models are called '{model.name}': {self._configured[model.name].path}, {model.path}"

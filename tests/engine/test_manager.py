@@ -297,13 +297,16 @@ class TestAdapters:
             assert manager.adapters() == []
 
     def test_a_model_answers_to_what_the_settings_call_it(self, make: Make, tmp_path: Path, llama: Path) -> None:
-        path = tmp_path / "Here.gguf"
+        pulled = tmp_path / "models" / "owner" / "Some-GGUF"
+        pulled.mkdir(parents=True)
+        (pulled / "some-q4_0.gguf").write_bytes(llama.read_bytes())
+        path = tmp_path / "here.gguf"
         path.write_bytes(llama.read_bytes())
-        manager = make(model=(str(path), "second"))
-        assert manager.resolve(str(path))[0].path == manager.resolve(None)[0].path == path
-        assert manager.resolve("SECOND")[0].name == "second"
+        manager = make(model=("owner/some-gguf", str(path)))
+        assert manager.resolve("Owner/Some-GGUF")[0] == manager.resolve(None)[0]
+        assert manager.full_name("owner/some-gguf") == manager.default != "owner/some-gguf"
         with pytest.raises(ModelNotFoundError):
-            manager.resolve(str(tmp_path / "models" / "first.gguf"))
+            manager.resolve(str(path))
 
     def test_two_models_of_one_name_are_refused(self, make: Make, tmp_path: Path, llama: Path) -> None:
         (tmp_path / "other").mkdir()
