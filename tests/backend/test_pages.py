@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from edgellm.backend import pages
 
+_LINUX = tuple(map(int, platform.release().split(".")[:2])) if sys.platform == "linux" else (0, 0)
 _MAPS = """\
 55d0c0000000-55d0c4000000 r-xp 00000000 fe:00 1234                       /usr/bin/python3.11
 7f0000000000-7f0002000000 rw-p 00000000 00:00 0
@@ -52,7 +54,8 @@ def test_memory_moves_and_keeps_its_content() -> None:
     size = pages.huge_page_bytes()
     done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, check=True)
     moved, again = done.stdout.split()
-    if size is None or int(moved) == 0:
-        pytest.skip("no huge pages to be had here")
+    if size is None or _LINUX < (6, 1):
+        assert int(moved) == 0
+        return
     assert 16 << 20 <= int(moved) <= 64 << 20
     assert again == "True"

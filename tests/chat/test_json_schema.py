@@ -418,6 +418,19 @@ BOMBS: dict[str, Any] = {
         | {"l20": {"type": "null"}},
     },
     "many optional properties": {"properties": {f"p{n}": {"type": "null"} for n in range(600)}},
+    "many parts": {"allOf": [{"properties": {f"p{n}": {"type": "string"}}} for n in range(400)]},
+    "alternatives with one large enum": {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"kind": {"$ref": "#/$defs/kind"}},
+                "required": ["kind"],
+                "minProperties": n,
+            }
+            for n in range(80)
+        ],
+        "$defs": {"kind": {"enum": [f"k{n}" for n in range(1999)]}},
+    },
     "many digits": {"type": "number", "minimum": 1e-300},
 }
 

@@ -302,6 +302,11 @@ def test_the_event_loop_goes_on_while_a_template_hangs(make: Make) -> None:
     assert asyncio.run(both()) > 5
 
 
+def test_a_variable_may_have_any_name_that_is_not_ours(make: Make) -> None:
+    names = {"self": 1, "messages_": 2, "source": 3}
+    assert make("{{ self }}{{ messages_ }}{{ source }}").render_sync([USER], **names).endswith("23")
+
+
 def test_bad_arguments(make: Make) -> None:
     template = make("{{ messages[0].content }}")
     with pytest.raises(ChatTemplateError, match="bos_token"):

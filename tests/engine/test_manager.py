@@ -273,28 +273,18 @@ class TestAdapters:
         with manager.use(_model(manager, "second")) as loaded:
             assert set(loaded.runner.adapters) == {"tone"}
 
-    def test_an_adapter_file_that_is_gone_is_withdrawn_and_its_model_serves_on(
-        self, make: Make, left: _Left, tmp_path: Path, llama: Path
-    ) -> None:
-        manager = make(keep_alive_s=0, model=("third",))
-        path = write_tiny_lora(tmp_path / "soon-gone.gguf", llama)
-        manager.load_adapter("tone", path, "first")
-        left.wait_for("first")
-        path.unlink()
-        with manager.use(_model(manager, "first")) as loaded:
-            assert loaded.runner.adapters == {}
-        assert manager.adapters() == []
-
-    def test_and_so_is_one_whose_file_is_another_now(
-        self, make: Make, left: _Left, tmp_path: Path, llama: Path
+    @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40])])
+    def test_an_adapter_whose_file_went_or_broke_is_withdrawn_and_its_model_serves_on(
+        self, make: Make, left: _Left, tmp_path: Path, llama: Path, spoil: Callable[[Path], object]
     ) -> None:
         manager = make(keep_alive_s=0, model=("third",))
         path = write_tiny_lora(tmp_path / "soon-bad.gguf", llama)
         manager.load_adapter("tone", path, "first")
         left.wait_for("first")
-        path.write_bytes(path.read_bytes()[:-40])
-        with manager.use(_model(manager, "first")):
-            assert manager.adapters() == []
+        spoil(path)
+        with manager.use(_model(manager, "first")) as loaded:
+            assert loaded.runner.adapters == {}
+        assert manager.adapters() == []
 
     def test_a_model_answers_to_what_the_settings_call_it(self, make: Make, tmp_path: Path, llama: Path) -> None:
         pulled = tmp_path / "models" / "owner" / "Some-GGUF"

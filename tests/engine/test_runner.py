@@ -345,6 +345,7 @@ class TestGrammar:
         monkeypatch.setattr("edgellm.backend.sampler._GRAMMAR_LIMIT_S", -1.0)
         drain(runner)
         assert isinstance(sink.error, GrammarError)
+        assert runner.stats.failures == 0
 
     def test_a_bad_grammar_is_an_error_event(self, runner: Runner) -> None:
         sink, _ = start(runner, PROMPT, 5, n=2, sampling=replace(GREEDY, grammar=Grammar("root ::= nowhere")))

@@ -137,6 +137,13 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text[: text.index(stop)]
 
 
+def test_an_answer_that_a_stop_string_ends_tells_what_came_from_the_cache(client):
+    asked = {"model": MODEL, "messages": COUNT, "max_tokens": 24, "temperature": 0}
+    text = client.chat.completions.create(**asked).choices[0].message.content
+    usage = client.chat.completions.create(stop=text[3:6], **asked).usage
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+
+
 def test_logprobs_are_sound(client):
     answer = client.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3
