@@ -77,7 +77,10 @@ async def prepare_chat(service: Service, leased: Leased, request: ChatCompletion
     add_special = not text.startswith(loaded.vocab.special_piece(loaded.vocab.bos)) if loaded.vocab.adds_bos else True
     prompt = await service.tokenize(loaded, text, limit=limit, param="messages", add_special=add_special)
     format = detect_format(template.source) if plan.tools and (plan.forced or not _wants_json(request)) else None
-    grammar = await asyncio.to_thread(_grammar, request, plan, format)  # a large schema takes a while
+    if plan.tools or isinstance(request.response_format, JsonSchemaResponseFormat):
+        grammar = await asyncio.to_thread(_grammar, request, plan, format)  # a large schema takes a while
+    else:
+        grammar = _grammar(request, plan, format)
     param = "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens"
     budget = token_budget(request.limit_tokens, len(prompt), loaded.context_tokens, param)
     return ChatJob(

@@ -14,6 +14,7 @@ from edgellm.backend.batch import Batch
 from edgellm.backend.library import lib, take_errors
 from edgellm.backend.model import Adapter, Model
 from edgellm.errors import BackendError, ModelLoadError
+from edgellm.models.memory import whole_cells
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -21,7 +22,6 @@ Bytes = npt.NDArray[np.uint8]
 MAX_SEQUENCES = 256
 """Sequence ids a unified cache accepts (`LLAMA_MAX_SEQ`)."""
 
-_CELLS_STEP = 256
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 
 
@@ -66,7 +66,7 @@ class Context:
         low = lib()
         raw = low.llama_context_default_params()
         # llama.cpp rounds up to this by itself, but bounds the batch by the number before.
-        raw.n_ctx = -(-params.context_tokens // _CELLS_STEP) * _CELLS_STEP
+        raw.n_ctx = whole_cells(params.context_tokens)
         raw.n_batch = raw.n_ubatch = params.batch_tokens
         raw.n_seq_max = params.sequences
         # llama.cpp aborts the process if there is room for fewer outputs than sequences.

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_LARGE_BYTES = 16 << 20  # only llama.cpp's buffers are this large
+_LARGE_BYTES = 16 << 20  # hardly anything but llama.cpp's buffers is this large; what else is loses nothing
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1
 _SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")

@@ -58,8 +58,7 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
 
     Raises ModelLoadError.
     """
-    huge = settings.huge_pages == "auto" and huge_page_bytes() is not None
-    huge = huge and memory_for(info, settings).total_bytes * _HUGE_SHARE <= available_memory_bytes()
+    huge = settings.huge_pages == "auto" and huge_page_bytes() is not None and _fits_easily(info, settings)
     model = Model(info.path, mapped=not huge)
     try:
         cells = context_tokens_for(info, settings)
@@ -77,7 +76,8 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         model.close()
         raise
     if huge:
-        _log.debug("%s: %d MB in huge pages", info.path.name, use_huge_pages() >> 20)
+        moved = use_huge_pages()
+        _log.debug("%s: %d MiB in huge pages", info.path.name, moved >> 20)
     cache = PrefixCache(
         context,
         context.context_tokens,
@@ -93,6 +93,10 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         prompt_chunk_tokens=min(settings.prompt_chunk_tokens, BATCH_TOKENS),
     )
     return Runner(model, context, limits, cache)
+
+
+def _fits_easily(info: ModelInfo, settings: Settings) -> bool:
+    return memory_for(info, settings).total_bytes * _HUGE_SHARE <= available_memory_bytes()
 
 
 def load_embedder(loaded: LoadedModel) -> Embedder:

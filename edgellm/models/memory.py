@@ -35,6 +35,11 @@ class MemoryEstimate:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.prefix_bytes
 
 
+def whole_cells(context_tokens: int) -> int:
+    """How many KV cells llama.cpp makes for a context of so many tokens."""
+    return -(-max(context_tokens, 1) // _CELLS_STEP) * _CELLS_STEP
+
+
 def estimate_memory(
     info: ModelInfo, context_tokens: int, sequences: int, chunk_tokens: int, *, flash_attention: bool = True
 ) -> MemoryEstimate:
@@ -45,7 +50,7 @@ def estimate_memory(
     model's width and four of its feed-forward width for each token), the attention mask, the scores where flash
     attention is off, and two copies of one row of logits for each sequence.
     """
-    cells = -(-max(context_tokens, 1) // _CELLS_STEP) * _CELLS_STEP
+    cells = whole_cells(context_tokens)
     chunk = min(chunk_tokens, cells)
     kv = cells * sum(info.kv_heads) * (info.key_width + info.value_width) * _KV_ELEMENT_BYTES
     if not info.causal:
