@@ -50,7 +50,8 @@ def run_server(settings: Settings) -> None:
         )
         host, port = sock.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        console.print(f"[bold]edgellm[/bold] serves [bold]{service.models.default}[/bold] on {url}  (API: {url}/docs)")
+        name = f"[bold]{service.models.default}[/bold]"
+        console.print(f"[bold]edgellm[/bold] serves {name} on {url}  (API: {url}/docs)", soft_wrap=True)
         _Server(config, service).run(sockets=[sock])
         loading = service.loading
     _log.info("stopped")
