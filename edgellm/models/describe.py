@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.models.ggml_types import FILE_TYPES
-from edgellm.models.gguf import GGUFHeader, Value, read_header
+from edgellm.models.gguf import GGUFHeader, read_header
+from edgellm.models.gguf_values import Value
 from edgellm.models.split import split_headers
 
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}

@@ -18,6 +18,7 @@ from typing import BinaryIO, NoReturn
 
 from edgellm.errors import InvalidModelFileError, ModelNotFoundError
 from edgellm.models.ggml_types import GGML_TYPES, REMOVED_TYPES, GGMLType
+from edgellm.models.gguf_values import GGUFArray, Value
 from edgellm.models.sanity import check_metadata, check_tensor
 
 MAX_HEADER_BYTES = 256 << 20  # the largest vocabularies in use need about 16 MB
@@ -57,19 +58,6 @@ _FOREIGN = (
     (b"tjgg", "the GGJT format that came before GGUF; convert it first"),
     (b"lmgg", "the GGML format that came before GGUF; convert it first"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class GGUFArray:
-    """An array too long to keep: only what it is and where its first element (or first string's length) stands."""
-
-    element_type: str
-    length: int
-    file_offset: int  # bytes from the start of the file
-
-
-Scalar = int | float | bool | str
-Value = Scalar | tuple[Scalar, ...] | GGUFArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,8 @@ The facts are from llama.cpp's src/llama-model.cpp (load_hparams), llama-vocab.c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from edgellm.models.gguf import Value
+from edgellm.models.gguf_values import Value
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from edgellm.errors import InvalidModelFileError, ModelNotFoundError
 from edgellm.models.ggml_types import GGML_TYPES, REMOVED_TYPES
-from edgellm.models.gguf import GGUFArray, read_header
+from edgellm.models.gguf import read_header
+from edgellm.models.gguf_values import GGUFArray
 from tests.models import raw_gguf as raw
 from tests.models.raw_gguf import ARCHITECTURE, Raw, pair, tensor
 from tests.support.tiny_gguf import write_tiny_llama
