@@ -118,10 +118,16 @@ class Settings(BaseSettings):
         None, ge=1, le=512, description="Threads that compute. Default: the physical cores this process may use."
     )
     flash_attention: Literal["auto", "on", "off"] = Field("auto", description="Flash attention: auto, on or off.")
+    packed_weights: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: weights are rearranged on loading for this processor's vector instructions (AVX-512 VNNI, "
+        "AVX2), which makes prompts and answers several times as fast. off: llama.cpp's own layouts.",
+    )
     huge_pages: Literal["auto", "off"] = Field(
         "auto",
         description="auto: a model that takes at most a quarter of the memory is read into memory of its own, in huge "
-        "pages, which is faster (Linux 6.1+). off: the file is mapped, and other processes may share it.",
+        "pages, which is faster (Linux 6.1+). off: the file is mapped, unless its weights are packed, and other "
+        "processes may share it.",
     )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.backend.library import lib, take_errors
+from edgellm.backend.packing import packing
 from edgellm.backend.vocab import Vocab
 from edgellm.errors import AdapterError, ModelLoadError
 
@@ -13,7 +14,7 @@ from edgellm.errors import AdapterError, ModelLoadError
 class Model:
     """Owns a `llama_model`. Close contexts and adapters before it."""
 
-    def __init__(self, path: Path, *, mapped: bool = True) -> None:
+    def __init__(self, path: Path, *, mapped: bool = True, packed: bool = False) -> None:
         """Maps the file, or reads it into memory, and prepares the weights.
 
         Raises ModelLoadError with llama.cpp's own words.
@@ -23,7 +24,8 @@ class Model:
         if not mapped:
             params.load_mode = low.LLAMA_LOAD_MODE_NONE
         take_errors()
-        self._handle: Any = low.llama_model_load_from_file(str(path).encode(), params)
+        with packing(packed):
+            self._handle: Any = low.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
             raise ModelLoadError(f"llama.cpp could not load {path.name}: {take_errors() or 'no reason given'}")
         self.path = path

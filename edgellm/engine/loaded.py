@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgellm.backend.context import Context, ContextParams
 from edgellm.backend.model import Model
+from edgellm.backend.packing import packable_types, packing_kernels
 from edgellm.backend.pages import huge_page_bytes, use_huge_pages
 from edgellm.backend.vocab import Vocab
 from edgellm.config import Settings
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 _EMBEDDING_CONTEXT_TOKENS = 2048
 _EMBEDDING_BATCH_TOKENS = 128  # llama.cpp computes the logits of every embedded row too: keep them few
 _HUGE_SHARE = 4  # read into memory of its own, a model may take this part of what is available
+_PACKED_SHARE = 2  # a model is packed if at least one part in so many can be
 _IDLE_SHARE = 16  # finished sequences keep at most this part of the cells: see PrefixCache
 
 
@@ -58,8 +60,9 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
 
     Raises ModelLoadError.
     """
+    packed = settings.packed_weights == "auto" and _worth_packing(info, settings)
     huge = settings.huge_pages == "auto" and huge_page_bytes() is not None and _fits_easily(info, settings)
-    model = Model(info.path, mapped=not huge)
+    model = Model(info.path, mapped=not huge and not packed, packed=packed)
     try:
         cells = context_tokens_for(info, settings)
         sequences = sequences_for(info, settings)
@@ -75,6 +78,8 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
     except BaseException:
         model.close()
         raise
+    if packed:
+        _log.info("%s: weights packed for %s", info.path.name, packing_kernels())
     if huge:
         moved = use_huge_pages()
         _log.debug("%s: %d MiB in huge pages", info.path.name, moved >> 20)
@@ -93,6 +98,14 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
         prompt_chunk_tokens=min(settings.prompt_chunk_tokens, BATCH_TOKENS),
     )
     return Runner(model, context, limits, cache)
+
+
+def _worth_packing(info: ModelInfo, settings: Settings) -> bool:
+    """Most of the weights can be packed, and memory of its own for all of them is there."""
+    packable = sum(info.matrix_bytes.get(kind, 0) for kind in packable_types())
+    if packable * _PACKED_SHARE < info.tensor_bytes:
+        return False
+    return memory_for(info, settings).total_bytes <= available_memory_bytes()
 
 
 def _fits_easily(info: ModelInfo, settings: Settings) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.models.ggml_types import FILE_TYPES
-from edgellm.models.gguf import GGUFHeader, read_header
+from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
 from edgellm.models.gguf_values import Value
 from edgellm.models.split import split_headers
 
@@ -47,6 +47,7 @@ class ModelInfo:
     parameters: int
     file_bytes: int  # over all files
     tensor_bytes: int
+    matrix_bytes: Mapping[str, int]  # of the two-dimensional tensors, by type: "Q4_K"
     quantisation: str  # as in file names: "Q4_K_M"
     context_tokens: int  # that the model was trained on
     layers: int
@@ -102,6 +103,7 @@ def describe(source: GGUFHeader | Path | str) -> ModelInfo:
         parameters=sum(tensor.elements for tensor in tensors),
         file_bytes=sum(part.file_bytes for part in headers),
         tensor_bytes=sum(tensor.n_bytes for tensor in tensors),
+        matrix_bytes=_bytes_by_type(tensor for tensor in tensors if len(tensor.dims) == 2),
         quantisation=_quantisation(header, headers),
         context_tokens=facts.number("context_length"),
         layers=layers,
@@ -178,14 +180,19 @@ def _named_templates(header: GGUFHeader) -> dict[str, str]:
     }
 
 
+def _bytes_by_type(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for tensor in tensors:
+        held[tensor.type.name] = held.get(tensor.type.name, 0) + tensor.n_bytes
+    return held
+
+
 def _quantisation(header: GGUFHeader, headers: tuple[GGUFHeader, ...]) -> str:
     """From general.file_type; else the type that holds most of the bytes."""
     code = header.metadata.get("general.file_type")
     if isinstance(code, int) and code in FILE_TYPES:
         return FILE_TYPES[code]
-    held: dict[str, int] = {}
-    for tensor in (tensor for part in headers for tensor in part.tensors):
-        held[tensor.type.name] = held.get(tensor.type.name, 0) + tensor.n_bytes
+    held = _bytes_by_type(tensor for part in headers for tensor in part.tensors)
     return max(held, key=lambda name: held[name]) if held else "unknown"
 
 

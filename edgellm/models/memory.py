@@ -2,7 +2,8 @@
 
 The estimate counts what a step really touches. llama.cpp also reserves address space for the logits of a whole chunk
 (chunk_tokens * vocabulary * 4 bytes), of which only the rows asked for are ever written; that is not counted. Weights
-are counted once: where llama.cpp repacks them, the file's pages remain mapped but can be dropped by the kernel.
+are counted once, at the size they have when packed (kernels/packed.h): where llama.cpp itself rearranges them, the
+file's pages remain mapped but can be dropped by the kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _KV_ELEMENT_BYTES = 2  # f16
 _F32_BYTES = 4
 _CELLS_STEP = 256  # llama.cpp rounds the number of cells up to this
 _VOCABULARY_ENTRY_BYTES = 400  # a token with its text, hash entries and merge in llama.cpp; measured 320 to 350
+_PACKED_GROWTH = {"Q4_K": 64 / 2304, "Q5_K": 64 / 2816}  # scales of six bits take eight when packed
 _FIXED_BYTES = 8 << 20  # graphs, batches and thread stacks
 _BATCH_OUTPUTS = 2  # logits stand in the graph's buffer and in the output buffer
 
@@ -64,8 +66,9 @@ def estimate_memory(
     compute = chunk * row * _F32_BYTES
     compute += chunk * cells * _F32_BYTES * (1 if flash_attention else 1 + info.heads)
     compute += _BATCH_OUTPUTS * sequences * max(info.vocabulary, info.embedding_width) * _F32_BYTES
+    growth = sum(size * _PACKED_GROWTH.get(kind, 0) for kind, size in info.matrix_bytes.items())
     return MemoryEstimate(
-        weights_bytes=info.tensor_bytes + info.vocabulary * _VOCABULARY_ENTRY_BYTES,
+        weights_bytes=info.tensor_bytes + int(growth) + info.vocabulary * _VOCABULARY_ENTRY_BYTES,
         kv_bytes=kv,
         compute_bytes=compute + _FIXED_BYTES,
     )

@@ -7,8 +7,8 @@
 # CMAKE_ARGS=...  further options for the build of llama.cpp; they win over the ones below
 #
 # What was installed is written down in .venv/edgellm-stamp, last of all: the checkout's path (virtual environments cannot
-# be moved), the interpreter behind it, the extras and a hash of pyproject.toml. While all of that still holds nothing is
-# run but the hash. .venv/edgellm-installing stands there during an install; an environment found with it is made anew.
+# be moved), the interpreter behind it, the extras and a hash of pyproject.toml and kernels/. While all of that still holds
+# nothing is run but the hash. .venv/edgellm-installing stands there during an install; an environment found with it is made anew.
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 VENV="$ROOT/.venv"
@@ -29,9 +29,10 @@ ensure_env() {
     fi
 }
 
-_sha256() {
+# Of all that an editable install builds from: what changes there needs a new install.
+_sources_hash() {
     local line
-    if command -v sha256sum >/dev/null; then line="$(sha256sum <"$1")"; else line="$(shasum -a 256 <"$1")"; fi
+    line="$(cat "$ROOT/pyproject.toml" "$ROOT"/kernels/* 2>/dev/null | { sha256sum 2>/dev/null || shasum -a 256; })"
     printf '%s' "${line%% *}"
 }
 
@@ -58,7 +59,7 @@ _venv_is_ours() {
 
 _stamp_holds() {
     _read_stamp && _venv_is_ours || return 1
-    [[ "$1" == base || "$stamp_extras" == dev ]] && [[ "$(_sha256 "$ROOT/pyproject.toml")" == "$stamp_hash" ]]
+    [[ "$1" == base || "$stamp_extras" == dev ]] && [[ "$(_sources_hash)" == "$stamp_hash" ]]
 }
 
 _set_up() {
@@ -78,7 +79,7 @@ _set_up() {
         chosen="${stamp_chosen:-$(_resolve "$VENV/bin/python")}"
     fi
     [[ "$extras" == dev ]] && target="$ROOT[dev]"
-    hash="$(_sha256 "$ROOT/pyproject.toml")" # before the install: a change during it must not pass as installed
+    hash="$(_sources_hash)" # before the install: a change during it must not pass as installed
 
     : >"$VENV/edgellm-installing"
     rm -f "$VENV/edgellm-stamp"

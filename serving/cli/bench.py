@@ -86,7 +86,8 @@ def _print(
         body = {"model": name, "quantisation": quantisation, "threads": threads, "load_s": load_s, "figures": rows}
         print(json.dumps(body))  # noqa: T201
         return
-    table = Table(title=f"{name} ({quantisation}), {threads} threads, loaded in {load_s:.1f} s")
+    console.print(f"{name} ({quantisation}), {threads} threads, loaded in {load_s:.1f} s", soft_wrap=True)
+    table = Table()
     table.add_column("")
     table.add_column("tokens/s", justify="right")
     table.add_column("min - max", justify="right")

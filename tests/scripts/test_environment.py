@@ -105,6 +105,16 @@ def test_changed_pyproject_and_new_extras_are_installed_in_place(
     assert witness.exists()
 
 
+def test_changed_native_code_is_built_again(installed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    root, _ = installed
+    (root / "kernels").mkdir()
+    (root / "kernels/code.cpp").write_text("int answer = 41;\n")
+    assert "Ready." in run(root, "serve").stderr
+    assert run(root, "serve").stderr == ""
+    (root / "kernels/code.cpp").write_text("int answer = 42;\n")
+    assert "Ready." in run(root, "serve").stderr
+
+
 def test_failed_install_shows_the_log_and_is_not_taken_for_done(
     installed: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
