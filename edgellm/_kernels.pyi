@@ -15,3 +15,24 @@ def unpack(type: int, columns: int, rows: int, packed: npt.NDArray[np.uint8]) ->
 def multiply(
     type: int, rows: int, packed: npt.NDArray[np.uint8], input: npt.NDArray[np.float32], kernels: str
 ) -> npt.NDArray[np.float32]: ...
+
+class Sampler:
+    def __init__(
+        self,
+        n_vocab: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        typical_p: float,
+        repetition_penalty: float,
+        repetition_window: int,
+        presence_penalty: float,
+        frequency_penalty: float,
+        bias: list[tuple[int, float]],
+        seed: int,
+    ) -> None: ...
+    def draw(self, logits: int, refused: list[int]) -> int: ...
+    def accept(self, token: int) -> None: ...
+    def remember(self, token: int) -> None: ...

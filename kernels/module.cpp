@@ -1,7 +1,9 @@
 // edgellm._kernels: the native code, as Python sees it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -9,6 +11,7 @@
 
 #include "buffer_type.h"
 #include "packed.h"
+#include "sampler.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -95,6 +98,25 @@ bool install(const nb::dict & functions, const nb::dict & numbers) {
     return edgellm::install(host);
 }
 
+// The arguments are those of edgellm.backend.sampler.SamplingParams, which checks them.
+void make_sampler(edgellm::Sampler * self, int32_t n_vocab, float temperature, int32_t top_k, float top_p, float min_p,
+                  float typical_p, float repetition_penalty, int32_t repetition_window, float presence_penalty,
+                  float frequency_penalty, const std::vector<std::pair<int32_t, float>> & bias, uint64_t seed) {
+    if (n_vocab <= 0) throw std::invalid_argument("a vocabulary has at least one token");
+    edgellm::SamplerParams params;
+    params.temperature = temperature;
+    params.top_k = top_k;
+    params.top_p = top_p;
+    params.min_p = min_p;
+    params.typical_p = typical_p;
+    params.repetition_penalty = repetition_penalty;
+    params.repetition_window = repetition_window;
+    params.presence_penalty = presence_penalty;
+    params.frequency_penalty = frequency_penalty;
+    params.seed = seed;
+    new (self) edgellm::Sampler(n_vocab, params, bias);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -120,6 +142,15 @@ NB_MODULE(_kernels, m) {
     }, "type"_a, "columns"_a, "rows"_a, "Bytes of such a matrix, packed.");
     m.def("pack", &pack, "type"_a, "columns"_a, "rows"_a, "source"_a, "A matrix as it stands in a GGUF file, packed.");
     m.def("unpack", &unpack, "type"_a, "columns"_a, "rows"_a, "packed"_a, "A packed matrix as floats, (rows, columns).");
+    nb::class_<edgellm::Sampler>(m, "Sampler", "Draws tokens (kernels/sampler.h).")
+        .def("__init__", &make_sampler, "n_vocab"_a, nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+             "typical_p"_a, "repetition_penalty"_a, "repetition_window"_a, "presence_penalty"_a, "frequency_penalty"_a,
+             "bias"_a, "seed"_a)
+        .def("draw", [](edgellm::Sampler & self, uintptr_t logits, const std::vector<int32_t> & refused) {
+            return self.draw(reinterpret_cast<const float *>(logits), refused);
+        }, "logits"_a, "refused"_a, "A token; -1 if none is left, -2 if the logits are no numbers. `logits` is an address.")
+        .def("accept", &edgellm::Sampler::accept, "token"_a, "The token belongs to the answer.")
+        .def("remember", &edgellm::Sampler::remember, "token"_a, "The token belongs to the prompt.");
     m.def("multiply", &multiply, "type"_a, "rows"_a, "packed"_a, "input"_a, "kernels"_a,
           "input (n, columns) by a packed matrix, (n, rows), on one thread.");
 }

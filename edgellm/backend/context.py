@@ -115,6 +115,13 @@ class Context:
             raise BackendError(f"row {row} of the batch has no logits")
         return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
 
+    def logits_address(self, row: int) -> int:
+        """Where the logits of batch row `row` are in memory, until the next decode."""
+        pointer = self._logits(self._handle, row)
+        if not pointer:
+            raise BackendError(f"row {row} of the batch has no logits")
+        return ctypes.addressof(pointer.contents)
+
     def embedding(self, row: int) -> Floats:
         """Final hidden state of batch row `row`, (embedding width,), a view that the next decode overwrites."""
         pointer = lib().llama_get_embeddings_ith(self._handle, row)

@@ -1,6 +1,8 @@
-"""Drawing the next token: one llama.cpp sampler chain for each answer.
+"""Drawing the next token: one sampler for each answer, with its own random state and memory.
 
-The order of the chain is llama.cpp's own: bias, penalties, top-k, typical, top-p, min-p, temperature, draw.
+What is applied, and in which order, is llama.cpp's: bias, penalties, top-k, typical, top-p, min-p, temperature, draw.
+The code is edgellm's (kernels/sampler.h): llama.cpp's chain sorts or walks all of the vocabulary at every token, which
+takes longer than a step of a small model. Grammars are llama.cpp's.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from edgellm.backend.context import Context
+from edgellm import _kernels
+from edgellm.backend.context import Context, Floats
 from edgellm.backend.library import lib, take_errors
 from edgellm.backend.vocab import Vocab
 from edgellm.errors import BackendError, GrammarError
@@ -48,12 +51,12 @@ class SamplingParams:
     grammar: Grammar | None = None
 
 
-_ANSWER_WINDOW = 1 << 16  # tokens that presence and frequency penalties look back: longer than any answer here
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _REFUSALS = 8  # single tokens tried before the grammar is applied to all
 _GRAMMAR_SLICE = 32  # tokens that the grammar is applied to at once
 _GRAMMAR_LIMIT_S = 2.0
-_SEEDS = 0xFFFFFFFF  # this value means "random" to llama.cpp, so seeds are taken modulo it
+_SEEDS = 0xFFFFFFFF  # seeds are numbers below this one
+_NONE_LEFT, _NO_NUMBER = -1, -2  # what _kernels.Sampler.draw returns in place of a token
 
 
 def check_grammar(vocab: Vocab, grammar: Grammar) -> None:
@@ -80,34 +83,55 @@ def _make_grammar(vocab: Vocab, grammar: Grammar) -> Any:
 
 
 class Sampler:
-    """The sampler chain of one answer, with its own random state and its memory of the tokens drawn."""
+    """Draws the tokens of one answer."""
 
     def __init__(self, vocab: Vocab, params: SamplingParams, *, index: int = 0, prompt: Iterable[int] = ()) -> None:
         """`index` is the answer's number among n (its seed is `params.seed + index`); `prompt` feeds the repetition
         penalty. Raises GrammarError."""
-        low = lib()
-        self._low = low
+        self._low = lib()
         self._n_vocab = vocab.n_tokens
         self._grammar: Any = _make_grammar(vocab, params.grammar) if params.grammar else None
-        self._chain: Any = low.llama_sampler_chain_init(low.llama_sampler_chain_default_params())
-        self._sample = low.llama_sampler_sample
-        for part in _chain_parts(low, vocab, params, index, prompt):
-            low.llama_sampler_chain_add(self._chain, part)
-        # All tokens, and a working copy; only a grammar needs them (llama_sampler_sample has its own).
-        size = self._n_vocab if self._grammar else 0
-        self._template = np.zeros(size, _CANDIDATE)
-        self._template["id"] = np.arange(size, dtype=np.int32)
-        self._candidates = self._template.copy()
+        self._closed = False
+        self._sampler = _kernels.Sampler(
+            vocab.n_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            typical_p=params.typical_p,
+            repetition_penalty=params.repetition_penalty,
+            repetition_window=params.repetition_window,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            bias=list(params.logit_bias),
+            seed=(params.seed + index) % _SEEDS,
+        )
+        for token in prompt:
+            self._sampler.remember(token)
 
     def sample(self, context: Context, row: int) -> int | None:
-        """Draws a token from batch row `row` and remembers it. None when the grammar leaves no token to draw."""
-        if self._chain is None:
-            raise BackendError("the sampler is closed")
-        if self._grammar is None:
-            return int(self._sample(self._chain, context.handle, row))
-        return self._sample_constrained(context, row)
+        """Draws a token from batch row `row` and remembers it. None when nothing is left to draw.
 
-    def _sample_constrained(self, context: Context, row: int) -> int | None:
+        Raises BackendError when the logits are no numbers, GrammarError when the grammar takes too long.
+        """
+        if self._closed:
+            raise BackendError("the sampler is closed")
+        logits = context.logits_address(row)
+        token = self._draw(logits, []) if self._grammar is None else self._draw_constrained(context, row)
+        if token is None:
+            return None
+        self._sampler.accept(token)
+        if self._grammar is not None:
+            self._low.llama_sampler_accept(self._grammar, token)
+        return token
+
+    def _draw(self, logits: int, refused: list[int]) -> int | None:
+        token = self._sampler.draw(logits, refused)
+        if token == _NO_NUMBER:
+            raise BackendError("the model computed NaN: its file is damaged, or its precision overflowed")
+        return None if token == _NONE_LEFT else token
+
+    def _draw_constrained(self, context: Context, row: int) -> int | None:
         """Draws freely and asks the grammar about that one token; a refused token is taken out and the draw repeated.
 
         That is rejection sampling: the result is distributed as if the grammar had been applied to all tokens first
@@ -117,39 +141,23 @@ class Sampler:
         logits = context.logits(row)
         refused: list[int] = []
         for _ in range(_REFUSALS):
-            token = self._draw(logits, refused)
+            token = self._draw(logits.ctypes.data, refused)
             if token is None or self._allowed(token, logits[token]):
-                break
+                return token
             refused.append(token)
-        else:
-            token = self._draw(logits, refused, everywhere=True)
-        if token is not None:
-            self._low.llama_sampler_accept(self._chain, token)
-            self._low.llama_sampler_accept(self._grammar, token)
-        return token
+        allowed = self._logits_allowed(logits)
+        return self._draw(allowed.ctypes.data, refused)
 
-    def _draw(self, logits: Any, refused: list[int], *, everywhere: bool = False) -> int | None:
-        """A token other than those refused; with `everywhere`, one that the grammar allows. None if there is none."""
-        low, data = self._low, self._candidates
-        np.copyto(data, self._template)
-        data["logit"] = logits
-        data["logit"][refused] = -np.inf
-        if everywhere:
-            self._apply_grammar()
-        array = low.llama_token_data_array(
-            data=data.ctypes.data_as(low.llama_token_data_p), size=self._n_vocab, selected=-1, sorted=False
-        )
-        if not np.isfinite(data["logit"]).any():
-            return None
-        low.llama_sampler_apply(self._chain, ctypes.byref(array))
-        chosen = array.data[array.selected]
-        return int(chosen.id) if np.isfinite(chosen.logit) else None
+    def _logits_allowed(self, logits: Floats) -> Floats:
+        """The logits, minus infinity for each token that the grammar refuses, (vocabulary,).
 
-    def _apply_grammar(self) -> None:
-        """Takes out every candidate that the grammar refuses, some at a time: llama.cpp follows each way in which the
-        text so far can be read, and a grammar with very many ways must not hold up everybody else for minutes.
+        Some tokens at a time: llama.cpp follows each way in which the text so far can be read, and a grammar with very
+        many ways must not hold up everybody else for minutes.
         """
-        low, data = self._low, self._candidates
+        low = self._low
+        data = np.empty(self._n_vocab, _CANDIDATE)
+        data["id"] = np.arange(self._n_vocab, dtype=np.int32)
+        data["logit"] = logits
         until_s = time.monotonic() + _GRAMMAR_LIMIT_S
         for start in range(0, self._n_vocab, _GRAMMAR_SLICE):
             part = data[start : start + _GRAMMAR_SLICE]
@@ -161,6 +169,7 @@ class Sampler:
                 raise GrammarError(
                     f"The grammar is too ambiguous: testing the tokens at one place took more than {_GRAMMAR_LIMIT_S} s"
                 )
+        return np.ascontiguousarray(data["logit"])
 
     def _allowed(self, token: int, logit: float) -> bool:
         low = self._low
@@ -170,44 +179,8 @@ class Sampler:
         return bool(np.isfinite(one[0].logit))
 
     def close(self) -> None:
-        """Frees the chain. Idempotent."""
-        if self._chain:
-            self._low.llama_sampler_free(self._chain)
-            self._chain = None
+        """Frees the grammar. Idempotent."""
+        self._closed = True
         if self._grammar:
             self._low.llama_sampler_free(self._grammar)
             self._grammar = None
-
-
-def _chain_parts(low: Any, vocab: Vocab, params: SamplingParams, index: int, prompt: Iterable[int]) -> list[Any]:
-    parts = []
-    if params.logit_bias:
-        entries = [low.llama_logit_bias(token=token, bias=bias) for token, bias in params.logit_bias]
-        array = (low.llama_logit_bias * len(entries))(*entries)
-        parts.append(low.llama_sampler_init_logit_bias(vocab.n_tokens, len(entries), array))
-    if params.repetition_penalty != 1.0:
-        part = low.llama_sampler_init_penalties(
-            vocab.n_tokens, params.repetition_window, params.repetition_penalty, 0.0, 0.0
-        )
-        for token in prompt:
-            low.llama_sampler_accept(part, token)
-        parts.append(part)
-    if params.presence_penalty or params.frequency_penalty:
-        parts.append(
-            low.llama_sampler_init_penalties(
-                vocab.n_tokens, _ANSWER_WINDOW, 1.0, params.frequency_penalty, params.presence_penalty
-            )
-        )
-    if params.temperature <= 0:
-        return [*parts, low.llama_sampler_init_greedy()]
-    if params.top_k > 0:
-        parts.append(low.llama_sampler_init_top_k(params.top_k))
-    if params.typical_p < 1:
-        parts.append(low.llama_sampler_init_typical(params.typical_p, 1))
-    if params.top_p < 1:
-        parts.append(low.llama_sampler_init_top_p(params.top_p, 1))
-    if params.min_p > 0:
-        parts.append(low.llama_sampler_init_min_p(params.min_p, 1))
-    parts.append(low.llama_sampler_init_temp(params.temperature))
-    parts.append(low.llama_sampler_init_dist((params.seed + index) % _SEEDS))
-    return parts

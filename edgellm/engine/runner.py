@@ -291,9 +291,6 @@ class Runner:
         """Draws and reports one token. None when the answer is over."""
         request = answer.job.request
         sampler = answer.sampler
-        logits = self.context.logits(row)
-        if logits[0] != logits[0]:  # NaN
-            raise BackendError("the model computed NaN: its file is damaged, or its precision overflowed")
         try:
             token = sampler.sample(self.context, row)
         except GrammarError as error:
@@ -305,7 +302,9 @@ class Runner:
         if token is None or ended:
             self._finish(answer, FinishReason.STOP)
             return None
-        logprob = None if request.top_logprobs is None else token_logprob(logits, token, request.top_logprobs)
+        logprob = None
+        if request.top_logprobs is not None:
+            logprob = token_logprob(self.context.logits(row), token, request.top_logprobs)
         answer.tokens.append(token)
         answer.generated += 1
         self.stats.generated_tokens += 1

@@ -396,15 +396,15 @@ class TestFailures:
     ) -> None:
         done, _ = start(runner, PROMPTS[0], 1)
         failed, _ = start(runner, PROMPTS[3], 5)
-        logits, calls = runner.context.logits, []
+        logits, calls = runner.context.logits_address, []
 
-        def second_fails(row: int) -> np.ndarray:
+        def second_fails(row: int) -> int:
             calls.append(row)
             if len(calls) > 1:
                 raise BackendError("no such row")
             return logits(row)
 
-        monkeypatch.setattr(runner.context, "logits", second_fails)
+        monkeypatch.setattr(runner.context, "logits_address", second_fails)
         runner.step()
         assert isinstance(failed.error, BackendError)
         assert done.finish().reason is FinishReason.LENGTH
