@@ -75,6 +75,7 @@ class Runner:
         self._batch = Batch(limits.batch_tokens)
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []  # in order of arrival
+        self._steady: list[Share] | None = None  # the plan of every step until the running answers change
         self._active: AdapterSet = ()
         self._touched: list[Job] = []
         self._number = 0
@@ -178,7 +179,7 @@ class Runner:
         self.stats.step_seconds += time.perf_counter() - started
 
     def _admit(self) -> None:
-        while len(self._running) < self.limits.parallel:
+        while self._waiting and len(self._running) < self.limits.parallel:
             # Followers of a leader that reads their prompt are forked from it; meanwhile they let others pass.
             answer = next((a for a in self._waiting if a.leader is None or a.leader not in self._running), None)
             if answer is None or not self._may_enter(answer):
@@ -189,8 +190,7 @@ class Runner:
             answer.entry = entry
             if not answer.generated:
                 answer.cached_tokens = len(entry.tokens)
-            self._running.append(answer)
-            self._running.sort(key=lambda a: (a.job.number, a.index))
+            self._enter(answer)
 
     def _may_enter(self, answer: Answer) -> bool:
         """Whether there is room for all its tokens, beside some growth of those that run. Alone, it always may."""
@@ -202,7 +202,14 @@ class Runner:
         needed = len(answer.tokens) + margin + pending
         return needed <= ledger.free or needed <= ledger.free + self.cache.evictable
 
+    def _enter(self, answer: Answer) -> None:
+        self._steady = None
+        self._running.append(answer)
+        self._running.sort(key=lambda a: (a.job.number, a.index))
+
     def _plan(self) -> list[Share]:
+        if self._steady is not None and self.cache.reserve(len(self._steady)):
+            return self._steady
         while self._running:
             adapters = choose_adapters(self._running, self._active)
             shares = plan_step(
@@ -214,6 +221,9 @@ class Runner:
             )
             needed = sum(share.rows for share in shares)
             if self.cache.reserve(needed):
+                # Each answer decodes, one token at a time: so it goes on until one ends or another one comes.
+                decoding = needed == len(shares) == len(self._running) and all(share.completes for share in shares)
+                self._steady = shares if decoding and self._proposer is None else None
                 return shares
             bare = [replace(share, draft=()) for share in shares]
             if self.cache.reserve(sum(share.rows for share in bare)):
@@ -236,6 +246,7 @@ class Runner:
             self._finish(youngest, FinishReason.LENGTH)
             return
         self._running.pop()
+        self._steady = None
         if youngest.entry is not None:
             self.cache.discard(youngest.entry)
             youngest.entry = None
@@ -326,9 +337,8 @@ class Runner:
             entry = self.cache.fork(leader.entry)
             answer.entry = entry
             answer.cached_tokens = len(entry.tokens)
-            self._running.append(answer)
+            self._enter(answer)
             self._draw_one(answer, row)
-        self._running.sort(key=lambda a: (a.job.number, a.index))
 
     # --- endings --------------------------------------------------------------------------------------------------
 
@@ -341,6 +351,7 @@ class Runner:
         answer.sampler.close()
         if answer in self._running:
             self._running.remove(answer)
+            self._steady = None
         elif answer in self._waiting:
             self._waiting.remove(answer)
         if answer.entry is not None:
