@@ -230,17 +230,14 @@ size_t get_alloc_size(BufferType *, const Tensor * t) { return packed_size(t->ty
 
 }  // namespace
 
-bool install(const Host & given) {
-    const std::vector<const Kernels *> available = available_kernels();
-    if (available.empty()) return false;
-    kernels = available.front();
+void install(const Host & given, const Kernels & chosen) {
+    kernels = &chosen;
     host = given;
     buffer_type.iface = {get_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, nullptr};
     buffer_type.device = static_cast<Device *>(host.device);
     buffer_type.context = static_cast<ExtraBufferType *>(&packed);
     auto & types = reinterpret_cast<std::vector<BufferType *> & (*)()>(host.extra_buffer_types)();
     types.insert(types.begin(), &buffer_type);
-    return true;
 }
 
 void set_packing(bool on) { packing = on; }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "packed.h"
+
 namespace edgellm {
 
 // What is called in, and expected of, the loaded llama.cpp: addresses of functions, numbers of operations.
@@ -18,9 +20,8 @@ struct Host {
     int32_t type_f32, type_i32;
 };
 
-// Puts the buffer type before ggml's own. Once a process, before the first model is loaded. False if this processor has
-// no kernels.
-bool install(const Host & host);
+// Puts the buffer type, with these kernels, before ggml's own. Once a process, before the first model is loaded.
+void install(const Host & host, const Kernels & kernels);
 
 // Whether models that this thread loads from now on are packed.
 void set_packing(bool on);

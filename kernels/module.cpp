@@ -81,7 +81,7 @@ Floats multiply(int type, int64_t rows, const Bytes & packed, const Floats & inp
     return owned<Floats>(result, {static_cast<size_t>(n), static_cast<size_t>(rows)});
 }
 
-bool install(const nb::dict & functions, const nb::dict & numbers) {
+void install(const nb::dict & functions, const nb::dict & numbers, const std::string & kernels) {
     const auto address = [&](const char * name) { return reinterpret_cast<void *>(nb::cast<uintptr_t>(functions[name])); };
     const auto number = [&](const char * name) { return nb::cast<int32_t>(numbers[name]); };
     edgellm::Host host{};
@@ -95,7 +95,7 @@ bool install(const nb::dict & functions, const nb::dict & numbers) {
     host.op_get_rows = number("GET_ROWS");
     host.type_f32 = number("f32");
     host.type_i32 = number("i32");
-    return edgellm::install(host);
+    edgellm::install(host, kernels_named(kernels));
 }
 
 // The arguments are those of edgellm.backend.sampler.SamplingParams, which checks them.
@@ -131,8 +131,8 @@ NB_MODULE(_kernels, m) {
         for (const edgellm::TypeInfo & info : edgellm::packable_types()) types[info.name] = static_cast<int>(info.type);
         return types;
     }, "Tensor types that can be packed: names and ggml's numbers.");
-    m.def("install", &install, "functions"_a, "numbers"_a,
-          "Puts packed weights before ggml's own kinds. Once a process, before the first model. False without kernels.");
+    m.def("install", &install, "functions"_a, "numbers"_a, "kernels"_a,
+          "Puts packed weights before ggml's own kinds. Once a process, before the first model is loaded.");
     m.def("set_packing", &edgellm::set_packing, "on"_a, "Whether models that this thread loads from now on are packed.");
     m.def("packed_bytes", &edgellm::packed_bytes, "Bytes of packed weights in memory.");
     m.def("can_pack", &edgellm::can_pack, "type"_a, "columns"_a, "rows"_a, "Whether such a matrix can be packed.");

@@ -66,8 +66,8 @@ def packing_kernels() -> str | None:
     except (OSError, AttributeError, _UnknownLibraryError) as error:
         _log.warning("weights are not packed: llama.cpp is not the library that was expected (%s)", error)
         return None
-    _kernels.install(functions, numbers)
-    return str(available[0])
+    _kernels.install(functions, numbers, available[0])
+    return available[0]
 
 
 def packable_types() -> frozenset[str]:

@@ -229,6 +229,29 @@ def test_another_library_is_left_alone(plain_path: Path, tmp_path: Path) -> None
     assert done.stdout.splitlines()[-2:] == ["None frozenset()", "0"]
 
 
+_SLOWER_KERNELS = """
+import sys
+from pathlib import Path
+import numpy as np
+from edgellm import _kernels
+names = _kernels.kernels()
+_kernels.kernels = lambda: names[int(sys.argv[2]):]
+from tests.backend.test_packing import logits
+np.save(sys.argv[3], logits(Path(sys.argv[1]), packed=True))
+"""
+
+
+def test_all_kernels_compute_the_same_model(plain_path: Path, tmp_path: Path) -> None:
+    path = quantise(plain_path, tmp_path / "model.gguf", "Q4_1")
+    results = []
+    for index in range(len(KERNELS)):
+        saved = tmp_path / f"{index}.npy"
+        command = [sys.executable, "-c", _SLOWER_KERNELS, path, str(index), saved]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+        results.append(np.load(saved))
+    assert all(np.allclose(result, results[0], rtol=1e-3, atol=1e-3) for result in results)
+
+
 def test_this_library_is_the_expected_one() -> None:
     assert packing.packing_kernels() == KERNELS[0]
     assert packing.packable_types() == set(TYPES)
