@@ -84,7 +84,7 @@ struct V {
             _mm256_storeu_si256(reinterpret_cast<I *>(lanes), v);
             for (int j = 0; j < 8; ++j) {
                 out[8 * i + j] = static_cast<int8_t>(lanes[j]);
-                sums[i / 2] += lanes[j];
+                sums[i / 2] += out[8 * i + j];
             }
         }
         return odd == 0.0f ? scale : __builtin_nanf("");

@@ -61,8 +61,8 @@ struct V {
         const I ia = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), ib = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
         _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm512_cvtsepi32_epi8(ia));
         _mm_storeu_si128(reinterpret_cast<__m128i *>(out + 16), _mm512_cvtsepi32_epi8(ib));
-        sums[0] = _mm512_reduce_add_epi32(ia);
-        sums[1] = _mm512_reduce_add_epi32(ib);
+        sums[0] = odd ? 0 : _mm512_reduce_add_epi32(ia);
+        sums[1] = odd ? 0 : _mm512_reduce_add_epi32(ib);
         return odd ? __builtin_nanf("") : scale;
     }
 };

@@ -38,51 +38,18 @@ inline void add_fifth(const uint8_t * masks, int h, typename V::I * w) {
     for (int o = 0; o < 8; ++o) w[o] = V::add_fifth_bit(w[o], masks + 8 * o, h);
 }
 
-struct FormatQ4_0 {
-    static constexpr Correction kCorrection = kCentre;
-    static constexpr int kCentreValue = 8, kScales = 1, kBytes = 288;
+// Q4_0, Q4_1, Q5_0, Q5_1: 16 scales, 16 minima, fifth bits, nibbles; not all of them have the parts in the middle.
+template <int kBits, bool kHasMinimum> struct FormatBlock {
+    static constexpr Correction kCorrection = kHasMinimum ? kMinimum : kCentre;
+    static constexpr int kCentreValue = kHasMinimum ? 0 : 1 << (kBits - 1), kScales = 1;
+    static constexpr int kMasks = kHasMinimum ? 64 : 32, kNibbles = kMasks + (kBits == 5 ? 64 : 0), kBytes = kNibbles + 256;
     static constexpr bool kWide = false;
     static inline void load(const uint8_t * group, int64_t b, int h, typename V::I * w, Scales<1> & s) {
         const uint8_t * p = group + b * kBytes;
         s.scale[0] = V::halves(p + 2 * V::kLanes * h);
-        low_high(p + 32, h, w);
-    }
-};
-
-struct FormatQ4_1 {
-    static constexpr Correction kCorrection = kMinimum;
-    static constexpr int kCentreValue = 0, kScales = 1, kBytes = 320;
-    static constexpr bool kWide = false;
-    static inline void load(const uint8_t * group, int64_t b, int h, typename V::I * w, Scales<1> & s) {
-        const uint8_t * p = group + b * kBytes;
-        s.scale[0] = V::halves(p + 2 * V::kLanes * h);
-        s.minimum = V::halves(p + 32 + 2 * V::kLanes * h);
-        low_high(p + 64, h, w);
-    }
-};
-
-struct FormatQ5_0 {
-    static constexpr Correction kCorrection = kCentre;
-    static constexpr int kCentreValue = 16, kScales = 1, kBytes = 352;
-    static constexpr bool kWide = false;
-    static inline void load(const uint8_t * group, int64_t b, int h, typename V::I * w, Scales<1> & s) {
-        const uint8_t * p = group + b * kBytes;
-        s.scale[0] = V::halves(p + 2 * V::kLanes * h);
-        low_high(p + 96, h, w);
-        add_fifth(p + 32, h, w);
-    }
-};
-
-struct FormatQ5_1 {
-    static constexpr Correction kCorrection = kMinimum;
-    static constexpr int kCentreValue = 0, kScales = 1, kBytes = 384;
-    static constexpr bool kWide = false;
-    static inline void load(const uint8_t * group, int64_t b, int h, typename V::I * w, Scales<1> & s) {
-        const uint8_t * p = group + b * kBytes;
-        s.scale[0] = V::halves(p + 2 * V::kLanes * h);
-        s.minimum = V::halves(p + 32 + 2 * V::kLanes * h);
-        low_high(p + 128, h, w);
-        add_fifth(p + 64, h, w);
+        if constexpr (kHasMinimum) s.minimum = V::halves(p + 32 + 2 * V::kLanes * h);
+        low_high(p + kNibbles, h, w);
+        if constexpr (kBits == 5) add_fifth(p + kMasks, h, w);
     }
 };
 
@@ -219,10 +186,10 @@ void round_format(int n, const float * const * rows, uint8_t * tile, int64_t fir
 // Calls f with the format of `type`.
 template <class F> void with_format(int32_t type, F && f) {
     switch (type) {
-        case Q4_0: return f(FormatQ4_0{});
-        case Q4_1: return f(FormatQ4_1{});
-        case Q5_0: return f(FormatQ5_0{});
-        case Q5_1: return f(FormatQ5_1{});
+        case Q4_0: return f(FormatBlock<4, false>{});
+        case Q4_1: return f(FormatBlock<4, true>{});
+        case Q5_0: return f(FormatBlock<5, false>{});
+        case Q5_1: return f(FormatBlock<5, true>{});
         case Q8_0: return f(FormatQ8_0{});
         case Q4_K: return f(FormatK<4>{});
         case Q5_K: return f(FormatK<5>{});
