@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     packed_weights: Literal["auto", "off"] = Field(
         "auto",
         description="auto: weights are rearranged on loading for this processor's vector instructions (AVX-512 VNNI, "
-        "AVX2), which makes prompts and answers several times as fast. off: llama.cpp's own layouts.",
+        "AVX2): prompts and answers are computed faster, often several times. off: llama.cpp's own layouts.",
     )
     huge_pages: Literal["auto", "off"] = Field(
         "auto",

@@ -15,6 +15,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from edgellm import _kernels
+from edgellm.backend.library import lib
+
 _log = logging.getLogger(__name__)
 
 _CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -53,11 +56,6 @@ def packing_kernels() -> str | None:
 
     The first call, which must come before the first model is loaded, installs them.
     """
-    try:
-        from edgellm import _kernels
-    except ImportError as error:
-        _log.info("weights are not packed: %s", error)
-        return None
     if not (available := _kernels.kernels()):
         _log.info("weights are not packed: this processor has no instructions for it")
         return None
@@ -72,11 +70,7 @@ def packing_kernels() -> str | None:
 
 def packable_types() -> frozenset[str]:
     """Tensor types that will be packed, as GGUF files name them: "Q4_K"; none where weights are not packed."""
-    if packing_kernels() is None:
-        return frozenset()
-    from edgellm import _kernels
-
-    return frozenset(_kernels.types())
+    return frozenset(_kernels.types()) if packing_kernels() else frozenset()
 
 
 @contextlib.contextmanager
@@ -85,8 +79,6 @@ def packing(on: bool) -> Iterator[None]:
     if packing_kernels() is None:
         yield
         return
-    from edgellm import _kernels
-
     _kernels.set_packing(on)
     try:
         yield
@@ -100,9 +92,7 @@ class _UnknownLibraryError(Exception):
 
 def _host(types: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """Addresses of the functions that are called, and numbers of operations and types."""
-    from llama_cpp import llama_cpp as low
-
-    ggml = low._lib  # libllama's handle also finds what is in the libraries of ggml that it is linked with
+    ggml = lib()._lib  # libllama's handle also finds what is in the libraries of ggml that it is linked with
     ggml.ggml_type_name.restype = ctypes.c_char_p
     for name, number in types.items():
         _expect(ggml.ggml_type_name(number).lower() == name.lower().encode(), f"tensor type {name}")

@@ -93,6 +93,7 @@ _make_venv() {
     local python
     python="$(_find_python)" || exit 1
     _check_compiler
+    _check_headers "$python"
     say "Making a virtual environment in $VENV with $("$python" --version)."
     rm -rf "$VENV"
     mkdir "$VENV"
@@ -102,6 +103,7 @@ _make_venv() {
 }
 
 _HOW_TO_PYTHON="Debian, Ubuntu: sudo apt install python3 python3-venv; Fedora: sudo dnf install python3; macOS: brew install python"
+_HOW_TO_HEADERS="Debian, Ubuntu: sudo apt install python3-dev; Fedora: sudo dnf install python3-devel"
 _HOW_TO_CXX="Debian, Ubuntu: sudo apt install g++; Fedora: sudo dnf install gcc-c++; macOS: xcode-select --install"
 
 # Prints the interpreter to use: $PYTHON, or the first on PATH that is new enough.
@@ -128,6 +130,12 @@ _check_compiler() {
         die "no working C compiler ($cc), which llama.cpp needs ($_HOW_TO_CXX)"
     printf '#include <vector>\nint main() { return std::vector<int>().size(); }\n' | $cxx -x c++ - -o /dev/null 2>/dev/null ||
         die "no working C++ compiler ($cxx), which llama.cpp needs ($_HOW_TO_CXX)"
+}
+
+# edgellm's own native code is a Python module: Debian and Fedora keep the headers for those in a package of their own.
+_check_headers() {
+    "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' ||
+        die "$1 comes without its headers, Python.h ($_HOW_TO_HEADERS)"
 }
 
 _pip_install() {

@@ -183,6 +183,19 @@ def test_missing_compiler_is_named_before_anything_is_made(
     assert not (tmp_path / ".venv").exists()
 
 
+def test_missing_headers_are_named_before_anything_is_made(tmp_path: Path) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    bare = tmp_path / "python-bare"
+    bare.write_text(f'#!/bin/sh\ncase "$*" in *Python.h*) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
+    bare.chmod(0o755)
+    outcome = run(tmp_path, "serve", PYTHON=str(bare))
+    assert outcome.returncode == 1
+    assert "without its headers" in outcome.stderr
+    assert "python3-dev" in outcome.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_old_python_is_refused_with_its_version(tmp_path: Path) -> None:
     shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pyproject.toml").write_text(PYPROJECT)
