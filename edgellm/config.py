@@ -125,8 +125,8 @@ class Settings(BaseSettings):
     )
     huge_pages: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: a model that takes at most a quarter of the memory is read into memory of its own, in huge "
-        "pages, which is faster (Linux 6.1+). off: the file is mapped, unless its weights are packed, and other "
+        description="For models whose weights are not packed. auto: one that takes at most a quarter of the memory is "
+        "read into memory of its own, in huge pages, which is faster (Linux 6.1+). off: the file is mapped, and other "
         "processes may share it.",
     )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")

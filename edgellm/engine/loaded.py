@@ -61,7 +61,10 @@ def load_runner(info: ModelInfo, settings: Settings) -> Runner:
     Raises ModelLoadError.
     """
     packed = settings.packed_weights == "auto" and _worth_packing(info, settings)
-    huge = settings.huge_pages == "auto" and huge_page_bytes() is not None and _fits_easily(info, settings)
+    # Packed weights lie in huge pages from the start; moving keys, values and buffers as well gains nothing there.
+    huge = (
+        not packed and settings.huge_pages == "auto" and huge_page_bytes() is not None and _fits_easily(info, settings)
+    )
     model = Model(info.path, mapped=not huge and not packed, packed=packed)
     try:
         cells = context_tokens_for(info, settings)
