@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -184,10 +187,14 @@ void * get_base(Buffer * buffer) { return buffer->size == 0 ? reinterpret_cast<v
 int init_tensor(Buffer *, Tensor *) { return 0; }
 
 // Packs a whole tensor, the parts of it on several threads.
-void set_tensor(Buffer *, Tensor * tensor, const void * data, size_t, size_t) {
+void set_tensor(Buffer *, Tensor * tensor, const void * data, size_t offset, size_t size) {
     const int64_t columns = tensor->ne[0], groups = tensor->ne[1] / kRows;
     const size_t packed_group = packed_size(tensor->type, columns, kRows);
     const size_t source_group = tensor->nb[1] * kRows;
+    if (offset != 0 || size != static_cast<size_t>(groups) * source_group) {
+        std::fprintf(stderr, "edgellm: a part of %s cannot be packed by itself\n", tensor->name);
+        std::abort();  // as ggml's own layouts do: llama.cpp hands over whole tensors, and half of one would serve nonsense
+    }
     const auto work = [&](int64_t first, int64_t last) {
         edgellm::pack(tensor->type, columns, (last - first) * kRows,
                       static_cast<const uint8_t *>(data) + static_cast<size_t>(first) * source_group,
@@ -195,8 +202,14 @@ void set_tensor(Buffer *, Tensor * tensor, const void * data, size_t, size_t) {
     };
     const int64_t workers = std::min<int64_t>(groups / 8, std::thread::hardware_concurrency());
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < workers; ++i)
-        threads.emplace_back(work, groups * i / workers, groups * (i + 1) / workers);
+    for (int64_t i = 1; i < workers; ++i) {
+        const int64_t first = groups * i / workers, last = groups * (i + 1) / workers;
+        try {
+            threads.emplace_back(work, first, last);
+        } catch (const std::system_error &) {  // no more threads are to be had
+            work(first, last);
+        }
+    }
     work(0, workers > 1 ? groups / workers : groups);
     for (std::thread & thread : threads) thread.join();
 }

@@ -24,7 +24,6 @@ namespace edgellm {
 
 constexpr int kRows = 16;     // rows in a group
 constexpr int kBlock = 32;    // columns in a block
-constexpr int kSuper = 256;   // columns in a super-block of the K formats
 constexpr int kMaxTile = 16;  // activation rows that are multiplied together
 
 // ggml's numbers of tensor types.
@@ -54,7 +53,7 @@ void pack(int32_t type, int64_t columns, int64_t rows, const void * source, void
 void unpack_row(int32_t type, int64_t columns, const void * packed, int64_t row, float * out);
 
 // Activations, rounded. For each tile of up to 16 rows and each block: the bytes of the rows (32 each), their scales
-// (float), and one or two corrections (below). A tile of `n` rows takes n * activation_bytes().
+// (float), and one or two corrections (packed_kernels.h). A tile of `n` rows takes n * activation_bytes().
 size_t activation_bytes(int32_t type, int64_t columns);
 
 // Sizes of the tiles that `n` rows are cut into: as many sixteens as there are, an eight, the rest.

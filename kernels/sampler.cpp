@@ -24,7 +24,7 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 // One buffer a thread for adjusted logits, one for weights: samplers of the same thread take turns.
 thread_local std::vector<float> adjusted_buffer, weight_buffer;
 
-// exp(x) for x <= 0, to about two units in the last place; 0 below -87. Written so that compilers vectorise it.
+// exp(x) for x <= 0; 0 below -87. The polynomial is that of Cephes' expf. Written so that compilers vectorise it.
 __attribute__((always_inline)) inline float exp_of_negative(float x) {
     const float bounded = x < -87.0f ? -87.0f : x;
     const float shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
@@ -235,10 +235,10 @@ void Sampler::keep_top_k(const float * x, float largest, size_t k) {
     float within = 16.0f;
     while (static_cast<size_t>(count_from(x, n_vocab_, largest - within)) < k && within < 1e30f) within *= 4;
     for (int i = 0; i < 24; ++i) {
-        const auto count = static_cast<size_t>(count_from(x, n_vocab_, largest - within * 0.75f));
+        const auto count = static_cast<size_t>(count_from(x, n_vocab_, largest - within / 2));
         if (count < k) break;
-        within *= 0.75f;
-        if (count < 2 * k + 64) break;
+        within /= 2;
+        if (count < 8 * k) break;
     }
     collect(x, within < 1e30f ? largest - within : std::numeric_limits<float>::lowest());
     if (candidates_.size() <= k) return;

@@ -50,7 +50,6 @@ class Sampler {
     };
 
     const float * adjusted(const float * logits, const std::vector<int32_t> & refused);
-    void add(int32_t token, float value);
     int32_t draw_from_all(const float * logits, float largest);
     int32_t draw_from_candidates(float largest);
     void collect(const float * logits, float least);
