@@ -2,7 +2,7 @@
 
 What is applied, and in which order, is llama.cpp's: bias, penalties, top-k, typical, top-p, min-p, temperature, draw.
 The code is edgellm's (kernels/sampler.h): llama.cpp's chain sorts or walks all of the vocabulary at every token, which
-takes longer than a step of a small model. Grammars are llama.cpp's.
+takes a good part of a small model's step (docs/benchmarks.md). Grammars are llama.cpp's.
 """
 
 from __future__ import annotations
