@@ -16,7 +16,7 @@ from edgellm.engine.cache import PrefixCache
 from edgellm.engine.runner import Runner, RunnerLimits
 from edgellm.engine.sequence import Job, Proposer
 from edgellm.engine.types import ErrorEvent, Event, FinishEvent, GenerateRequest, TokenEvent, TokenLogprob
-from tests.support.tiny_gguf import SPECIAL_TOKENS, vocabulary
+from tests.support.gguf_writer import SPECIAL_TOKENS, vocabulary
 
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.9, top_k=8)

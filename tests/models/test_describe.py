@@ -12,7 +12,8 @@ from edgellm.models.gguf import read_header
 from edgellm.models.split import model_stem, split_names, split_paths
 from tests.models import raw_gguf as raw
 from tests.models.raw_gguf import ARCHITECTURE, Raw, pair, tensor
-from tests.support.tiny_gguf import CHATML, write_tiny_bert, write_tiny_llama, write_tiny_lora, write_tiny_mamba
+from tests.support.gguf_writer import CHATML
+from tests.support.tiny_gguf import write_tiny_bert, write_tiny_llama, write_tiny_lora, write_tiny_mamba
 
 
 def test_decoder(tmp_path: Path) -> None:

@@ -11,97 +11,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
-Weights = NDArray[np.float32]
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_WORDS = ("the", "and", "of", "to", "in", "hello", "world", "true", "false", "null", "name", "you", "is", "user")
-
-
-def byte_symbols() -> list[str]:
-    """GPT-2's printable stand-in for each of the 256 bytes, in byte order."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
-
-
-def vocabulary() -> tuple[list[str], list[str]]:
-    """(tokens, merges) of the tiny byte-level BPE: 256 bytes, then one token a merge, then SPECIAL_TOKENS."""
-    tokens, merges = byte_symbols(), []
-    for word in _WORDS:
-        pairs = [(word[:end], word[end]) for end in range(1, len(word))] + [("Ġ", word)]  # "Ġ" is the space
-        for left, right in pairs:
-            if left + right not in tokens:
-                merges.append(f"{left} {right}")
-                tokens.append(left + right)
-    return tokens + list(SPECIAL_TOKENS), merges
-
-
-class _Writer:
-    """A GGUFWriter that draws its tensors from one seeded generator and quantises the matrices."""
-
-    def __init__(self, path: Path | str, architecture: str, seed: int, weights: str = "f32") -> None:
-        if weights not in {"f32", "q8_0"}:
-            raise ValueError(f"weights must be f32 or q8_0, not {weights!r}")
-        self.out = gguf.GGUFWriter(str(path), architecture)
-        self._random = np.random.default_rng(seed)
-        self._quantised = weights == "q8_0"
-
-    def matrix(self, name: str, *shape: int, scale: float = 1.0) -> None:
-        """A random (..., out, in) tensor with variance scale**2 / in."""
-        data: Weights = self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale / shape[-1] ** 0.5)
-        if self._quantised:
-            packed = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q8_0)
-            self.out.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            self.out.add_tensor(name, data)
-
-    def plain(self, name: str, data: Weights) -> None:
-        """A tensor that stays f32: norms, biases, state matrices."""
-        self.out.add_tensor(name, np.ascontiguousarray(data, dtype=np.float32))
-
-    def uniform(self, name: str, *shape: int, scale: float = 0.1) -> None:
-        self.plain(name, self._random.uniform(-scale, scale, shape).astype(np.float32))
-
-    def close(self) -> None:
-        self.out.write_header_to_file()
-        self.out.write_kv_data_to_file()
-        self.out.write_tensors_to_file()
-        self.out.close()
-
-
-def _add_general(out: gguf.GGUFWriter, name: str, weights: str) -> None:
-    out.add_name(name)
-    out.add_license("apache-2.0")
-    out.add_file_type(7 if weights == "q8_0" else 0)
-    out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _add_bpe(out: gguf.GGUFWriter, vocab: int | None, chat_template: str | None) -> int:
-    """Write the tokenizer, padded with unused tokens to `vocab`; the number of tokens."""
-    tokens, merges = vocabulary()
-    if vocab is not None and vocab < len(tokens):
-        raise ValueError(f"vocab must be at least {len(tokens)}")
-    unused = (vocab or len(tokens)) - len(tokens)
-    normal = len(tokens) - len(SPECIAL_TOKENS)
-    kinds = [gguf.TokenType.NORMAL] * normal + [gguf.TokenType.CONTROL] * len(SPECIAL_TOKENS)
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("gpt-2")
-    out.add_token_list(tokens + [f"<|unused_{i}|>" for i in range(unused)])
-    out.add_token_types(kinds + [gguf.TokenType.UNUSED] * unused)
-    out.add_token_merges(merges)
-    out.add_bos_token_id(normal)
-    out.add_eos_token_id(normal + SPECIAL_TOKENS.index("<|im_end|>"))
-    out.add_pad_token_id(normal)
-    out.add_add_bos_token(False)
-    if chat_template is not None:
-        out.add_chat_template(chat_template)
-    return len(tokens) + unused
+from tests.support.gguf_writer import CHATML, Weights, Writer, add_bpe, add_general
 
 
 def write_tiny_llama(
@@ -128,9 +39,9 @@ def write_tiny_llama(
         raise ValueError(f"unknown architecture {architecture!r}")
     if (architecture == "qwen3moe") != (experts > 0) and architecture != "llama":
         raise ValueError("qwen3moe needs experts, qwen2 has none")
-    file = _Writer(path, architecture, seed, weights)
+    file = Writer(path, architecture, seed, weights)
     out, hidden, head = file.out, 2 * width, width // heads
-    _add_general(out, f"Tiny {architecture}", weights)
+    add_general(out, f"Tiny {architecture}", weights)
     out.add_block_count(layers)
     out.add_context_length(context)
     out.add_embedding_length(width)
@@ -145,7 +56,7 @@ def write_tiny_llama(
         out.add_expert_used_count(experts_used)
     if architecture == "qwen3moe":
         out.add_expert_feed_forward_length(hidden)
-    tokens = _add_bpe(out, vocab, chat_template)
+    tokens = add_bpe(out, vocab, chat_template)
     out.add_vocab_size(tokens)
     file.matrix("token_embd.weight", tokens, width, scale=width**0.5)
     file.matrix("output.weight", tokens, width, scale=3.0)  # logits of standard deviation 3: neither flat nor frozen
@@ -158,7 +69,7 @@ def write_tiny_llama(
 
 
 def _add_attention(
-    file: _Writer, block: str, architecture: str, width: int, head: int, heads: int, kv_heads: int
+    file: Writer, block: str, architecture: str, width: int, head: int, heads: int, kv_heads: int
 ) -> None:
     file.plain(f"{block}.attn_norm.weight", np.ones(width, np.float32))
     for part, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
@@ -171,7 +82,7 @@ def _add_attention(
             file.plain(f"{block}.attn_{part}_norm.weight", np.ones(head, np.float32))
 
 
-def _add_feed_forward(file: _Writer, block: str, width: int, hidden: int, experts: int) -> None:
+def _add_feed_forward(file: Writer, block: str, width: int, hidden: int, experts: int) -> None:
     file.plain(f"{block}.ffn_norm.weight", np.ones(width, np.float32))
     stack, suffix = ((experts,), "_exps") if experts else ((), "")
     if experts:
@@ -221,9 +132,9 @@ def write_tiny_mamba(
     path: Path | str, *, layers: int = 2, width: int = 64, state: int = 16, context: int = 512, seed: int = 0
 ) -> Path:
     """A recurrent model (Mamba 1): no KV cache, a fixed state for each sequence."""
-    file = _Writer(path, "mamba", seed)
+    file = Writer(path, "mamba", seed)
     out, inner, conv, rank = file.out, 2 * width, 4, max(1, width // 16)
-    _add_general(out, "Tiny mamba", "f32")
+    add_general(out, "Tiny mamba", "f32")
     out.add_block_count(layers)
     out.add_context_length(context)
     out.add_embedding_length(width)
@@ -234,7 +145,7 @@ def write_tiny_mamba(
     out.add_ssm_inner_size(inner)
     out.add_ssm_state_size(state)
     out.add_ssm_time_step_rank(rank)
-    tokens = _add_bpe(out, None, CHATML)
+    tokens = add_bpe(out, None, CHATML)
     out.add_vocab_size(tokens)
     file.matrix("token_embd.weight", tokens, width, scale=width**0.5)
     file.matrix("output.weight", tokens, width, scale=3.0)
@@ -259,9 +170,9 @@ def write_tiny_bert(
     path: Path | str, *, layers: int = 2, width: int = 64, heads: int = 4, context: int = 128, seed: int = 0
 ) -> Path:
     """An embedding model of BERT's shape with mean pooling and a WordPiece vocabulary of single ASCII characters."""
-    file = _Writer(path, "bert", seed)
+    file = Writer(path, "bert", seed)
     out, hidden = file.out, 2 * width
-    _add_general(out, "Tiny BERT", "f32")
+    add_general(out, "Tiny BERT", "f32")
     out.add_block_count(layers)
     out.add_context_length(context)
     out.add_embedding_length(width)
@@ -288,7 +199,7 @@ def write_tiny_bert(
     return Path(path)
 
 
-def _add_layer_norm(file: _Writer, name: str, width: int) -> None:
+def _add_layer_norm(file: Writer, name: str, width: int) -> None:
     file.plain(f"{name}.weight", np.ones(width, np.float32))
     file.plain(f"{name}.bias", np.zeros(width, np.float32))
 
