@@ -15,6 +15,9 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
+namespace edgellm {
+void bind_residency(nb::module_ & m);  // residency_module.cpp
+}
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -153,4 +156,5 @@ NB_MODULE(_kernels, m) {
         .def("remember", &edgellm::Sampler::remember, "token"_a, "The token belongs to the prompt.");
     m.def("multiply", &multiply, "type"_a, "rows"_a, "packed"_a, "input"_a, "kernels"_a,
           "input (n, columns) by a packed matrix, (n, rows), on one thread.");
+    edgellm::bind_residency(m);
 }
