@@ -58,11 +58,22 @@ def parse_seconds(value: Any) -> Any:
     return float(match[1]) * _DURATIONS[match[2] or ""]
 
 
+def parse_expert_memory(value: Any) -> Any:
+    """`"auto"`, `"off"`, or a size as `parse_bytes` reads it."""
+    if isinstance(value, str) and value.strip().lower() in {"auto", "off"}:
+        return value.strip().lower()
+    try:
+        return parse_bytes(value)
+    except ValueError:
+        raise ValueError(f"neither auto, off nor a size: {value!r} (write 4GiB, 500MB or a number of bytes)") from None
+
+
 def _split_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+ExpertMemory = Annotated[Literal["auto", "off"] | Annotated[int, Field(ge=0)], BeforeValidator(parse_expert_memory)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 
@@ -128,6 +139,12 @@ class Settings(BaseSettings):
         description="For models whose weights are not packed. auto: one that takes at most a quarter of the memory is "
         "read into memory of its own, in huge pages, which is faster (Linux 6.1+). off: the file is mapped, and other "
         "processes may share it.",
+    )
+    expert_memory_bytes: ExpertMemory = Field(
+        "auto",
+        description="Memory for the experts of a mixture-of-experts model (4GiB); the others are read from its file "
+        "when they are needed. auto: as much as the memory budget leaves, all of them if they fit. off: llama.cpp "
+        "maps the whole file.",
     )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 

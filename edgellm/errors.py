@@ -21,6 +21,7 @@ EdgeLLMError
 ├── ShuttingDownError              the server is on its way out
 ├── RequestTimeoutError            the request's own time limit passed
 └── BackendError                   llama.cpp failed while computing
+    └── ExpertReadError            an expert of a paged model could not be read
 """
 
 from __future__ import annotations
@@ -140,3 +141,7 @@ class RequestTimeoutError(EdgeLLMError):
 
 class BackendError(EdgeLLMError):
     """llama.cpp failed while computing."""
+
+
+class ExpertReadError(BackendError):
+    """An expert could not be read from the model's file: the step that needed it is lost, later ones may work."""

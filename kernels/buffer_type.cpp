@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 
 #include "ggml_abi.h"
+#include "host.h"
 #include "packed.h"
 
 namespace edgellm {
@@ -31,7 +32,6 @@ constexpr size_t kPanelBytes = size_t{256} << 10;  // of activations that stay i
 constexpr int kChunksPerThread = 4;
 constexpr char kEmbedding[] = "token_embd.weight";
 
-Host host;
 const Kernels * kernels = nullptr;
 BufferType buffer_type;
 std::atomic<size_t> bytes_in_use{0};
@@ -58,14 +58,14 @@ uint8_t * aligned(void * p) {
 class Traits final : public TensorTraits {
   public:
     bool work_size(int, const Tensor * op, size_t & size) override {
-        size = op->op == host.op_mul_mat
+        size = op->op == host().op_mul_mat
                    ? static_cast<size_t>(rows_of(op->src[1])) * activation_bytes(op->src[0]->type, op->src[0]->ne[0]) + kAlignment
                    : 0;
         return true;
     }
 
     bool compute_forward(ComputeParams * params, Tensor * op) override {
-        if (op->op == host.op_mul_mat)
+        if (op->op == host().op_mul_mat)
             multiply(*params, op);
         else
             look_up(*params, op);
@@ -88,14 +88,14 @@ class Traits final : public TensorTraits {
             kernels->round(weight->type, columns, tile, rows, activations + static_cast<size_t>(i) * row_bytes, first, last);
             i += tile;
         }
-        if (params.ith == 0) reinterpret_cast<void (*)(void *, int)>(host.chunk_set)(params.threadpool, params.nth);
-        reinterpret_cast<void (*)(void *)>(host.barrier)(params.threadpool);
+        if (params.ith == 0) reinterpret_cast<void (*)(void *, int)>(host().chunk_set)(params.threadpool, params.nth);
+        barrier(params);
 
         const int64_t groups = weight->ne[1] / kRows;
         const int64_t chunk = std::max<int64_t>(1, groups / (static_cast<int64_t>(params.nth) * kChunksPerThread));
         const int64_t chunks = (groups + chunk - 1) / chunk;
         for (int64_t c = params.ith; c < chunks;
-             c = reinterpret_cast<int (*)(void *, int)>(host.chunk_add)(params.threadpool, 1))
+             c = reinterpret_cast<int (*)(void *, int)>(host().chunk_add)(params.threadpool, 1))
             multiply_groups(op, activations, row_bytes, c * chunk, std::min(groups, (c + 1) * chunk));
     }
 
@@ -144,15 +144,15 @@ class Packed final : public ExtraBufferType {
         const Tensor *weight = op->src[0], *input = op->src[1];
         if (!is_packed(weight) || input == nullptr || (weight->buffer->size == 0 && !packing)) return false;
         if (!is_whole_matrix(weight) || !can_pack(weight->type, weight->ne[0], weight->ne[1])) return false;
-        if (op->op == host.op_mul_mat)
-            return input->type == host.type_f32 && input->nb[0] == sizeof(float) && op->type == host.type_f32;
+        if (op->op == host().op_mul_mat)
+            return input->type == host().type_f32 && input->nb[0] == sizeof(float) && op->type == host().type_f32;
         // Other tables are looked up through views of them, too.
-        return op->op == host.op_get_rows && std::strcmp(weight->name, kEmbedding) == 0 && input->type == host.type_i32 &&
+        return op->op == host().op_get_rows && std::strcmp(weight->name, kEmbedding) == 0 && input->type == host().type_i32 &&
                input->ne[1] == 1 && input->ne[2] == 1 && input->ne[3] == 1;
     }
 
     TensorTraits * get_tensor_traits(const Tensor * op) override {
-        const bool ours = (op->op == host.op_mul_mat || op->op == host.op_get_rows) && is_packed(op->src[0]);
+        const bool ours = (op->op == host().op_mul_mat || op->op == host().op_get_rows) && is_packed(op->src[0]);
         return ours ? &traits : nullptr;
     }
 };
@@ -233,8 +233,7 @@ Buffer * alloc_buffer(BufferType * type, size_t size) {
         if (memory == nullptr) return nullptr;
         bytes_in_use += size;
     }
-    using Init = Buffer * (*)(BufferType *, BufferInterface, void *, size_t);
-    return reinterpret_cast<Init>(host.buffer_init)(type, iface, memory, size);
+    return init_buffer(type, iface, memory, size);
 }
 
 size_t get_alignment(BufferType *) { return kAlignment; }
@@ -243,14 +242,12 @@ size_t get_alloc_size(BufferType *, const Tensor * t) { return packed_size(t->ty
 
 }  // namespace
 
-void install(const Host & given, const Kernels & chosen) {
+void install_packing(const Kernels & chosen) {
     kernels = &chosen;
-    host = given;
     buffer_type.iface = {get_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, nullptr};
-    buffer_type.device = static_cast<Device *>(host.device);
+    buffer_type.device = static_cast<Device *>(host().device);
     buffer_type.context = static_cast<ExtraBufferType *>(&packed);
-    auto & types = reinterpret_cast<std::vector<BufferType *> & (*)()>(host.extra_buffer_types)();
-    types.insert(types.begin(), &buffer_type);
+    add_buffer_type(&buffer_type);
 }
 
 void set_packing(bool on) { packing = on; }

@@ -1,6 +1,6 @@
-// The parts of ggml's binary interface that the packed weights hook into, as llama.cpp has them in the release that
-// edgellm pins. Only layouts are stated here, no code: edgellm/backend/packing.py checks them against the loaded library
-// (sizes, offsets, operation and type names) and does without packing if anything differs.
+// The parts of ggml's binary interface that edgellm hooks into, as llama.cpp has them in the release that
+// edgellm pins. Only layouts are stated here, no code: edgellm/backend/host.py checks them against the loaded library
+// (sizes, offsets, operation and type names) and does without the hooks if anything differs.
 #pragma once
 
 #include <cstddef>
@@ -76,6 +76,14 @@ struct ComputeParams {
     void * wdata;  // shared by all threads
     void * threadpool;
     bool use_ref;
+};
+
+// How rows of a type are multiplied: `from_float` rounds activations to `vec_dot_type`, `vec_dot` multiplies one row.
+struct TypeTraits {
+    void (*from_float)(const float * x, void * y, int64_t n);
+    void (*vec_dot)(int n, float * result, size_t, const void * weights, size_t, const void * activations, size_t, int rows);
+    int32_t vec_dot_type;
+    int64_t nrows;
 };
 
 // C++ classes of ggml's CPU backend; the order of the virtual functions is what counts.

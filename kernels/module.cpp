@@ -1,23 +1,25 @@
 // edgellm._kernels: the native code, as Python sees it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
 #include "buffer_type.h"
+#include "expert_buffer.h"
+#include "host.h"
+#include "modules.h"
 #include "packed.h"
 #include "sampler.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
-namespace edgellm {
-void bind_residency(nb::module_ & m);  // residency_module.cpp
-}
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -84,7 +86,7 @@ Floats multiply(int type, int64_t rows, const Bytes & packed, const Floats & inp
     return owned<Floats>(result, {static_cast<size_t>(n), static_cast<size_t>(rows)});
 }
 
-void install(const nb::dict & functions, const nb::dict & numbers, const std::string & kernels) {
+void set_host(const nb::dict & functions, const nb::dict & numbers) {
     const auto address = [&](const char * name) { return reinterpret_cast<void *>(nb::cast<uintptr_t>(functions[name])); };
     const auto number = [&](const char * name) { return nb::cast<int32_t>(numbers[name]); };
     edgellm::Host host{};
@@ -93,12 +95,19 @@ void install(const nb::dict & functions, const nb::dict & numbers, const std::st
     host.barrier = address("barrier");
     host.chunk_set = address("chunk_set");
     host.chunk_add = address("chunk_add");
+    host.type_traits = address("type_traits");
+    host.row_size = address("row_size");
     host.device = address("device");
     host.op_mul_mat = number("MUL_MAT");
+    host.op_mul_mat_id = number("MUL_MAT_ID");
     host.op_get_rows = number("GET_ROWS");
     host.type_f32 = number("f32");
     host.type_i32 = number("i32");
-    edgellm::install(host, kernels_named(kernels));
+    edgellm::set_host(host);
+}
+
+void install_experts(const std::optional<std::string> & kernels) {
+    edgellm::install_experts(kernels ? &kernels_named(*kernels) : nullptr);
 }
 
 // The arguments are those of edgellm.backend.sampler.SamplingParams, which checks them.
@@ -123,7 +132,7 @@ void make_sampler(edgellm::Sampler * self, int32_t n_vocab, float temperature, i
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-    m.doc() = "Native code: packed weights (kernels/packed.h).";
+    m.doc() = "Native code: packed weights (kernels/packed.h), paged experts (kernels/expert_store.h), sampling.";
     m.def("kernels", [] {
         nb::list names;
         for (const edgellm::Kernels * k : edgellm::available_kernels()) names.append(k->name);
@@ -134,8 +143,12 @@ NB_MODULE(_kernels, m) {
         for (const edgellm::TypeInfo & info : edgellm::packable_types()) types[info.name] = static_cast<int>(info.type);
         return types;
     }, "Tensor types that can be packed: names and ggml's numbers.");
-    m.def("install", &install, "functions"_a, "numbers"_a, "kernels"_a,
-          "Puts packed weights before ggml's own kinds. Once a process, before the first model is loaded.");
+    m.def("set_host", &set_host, "functions"_a, "numbers"_a,
+          "What is called in llama.cpp, and its numbers. Once a process, before the first model is loaded.");
+    m.def("install_packing", [](const std::string & kernels) { edgellm::install_packing(kernels_named(kernels)); }, "kernels"_a,
+          "Puts packed weights before ggml's own kinds. Once a process, after set_host.");
+    m.def("install_experts", &install_experts, "kernels"_a.none(),
+          "Puts paged experts before ggml's own kinds. Once a process, after set_host; None: no packed experts.");
     m.def("set_packing", &edgellm::set_packing, "on"_a, "Whether models that this thread loads from now on are packed.");
     m.def("packed_bytes", &edgellm::packed_bytes, "Bytes of packed weights in memory.");
     m.def("can_pack", &edgellm::can_pack, "type"_a, "columns"_a, "rows"_a, "Whether such a matrix can be packed.");
@@ -157,4 +170,5 @@ NB_MODULE(_kernels, m) {
     m.def("multiply", &multiply, "type"_a, "rows"_a, "packed"_a, "input"_a, "kernels"_a,
           "input (n, columns) by a packed matrix, (n, rows), on one thread.");
     edgellm::bind_residency(m);
+    edgellm::bind_experts(m);
 }

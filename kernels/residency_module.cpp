@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "modules.h"
 #include "residency.h"
 
 namespace nb = nanobind;

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edgellm.backend.batch import Batch
 from edgellm.backend.library import lib, take_errors
 from edgellm.backend.model import Adapter, Model
-from edgellm.errors import BackendError, ModelLoadError
+from edgellm.errors import BackendError, ExpertReadError, ModelLoadError, ModelUnsupportedError
 from edgellm.models.memory import whole_cells
 
 Floats = npt.NDArray[np.float32]
@@ -86,6 +86,11 @@ class Context:
         self._handle: Any = low.llama_init_from_model(model.handle, raw)
         if not self._handle:
             raise ModelLoadError(f"llama.cpp could not make a context: {take_errors() or 'no reason given'}")
+        self._experts = model.experts
+        if self._experts is not None and self._experts.failed:
+            reason = self._experts.take_error()
+            self.close()
+            raise ModelUnsupportedError(f"{model.path.name}: {reason}")
         self._memory = low.llama_get_memory(self._handle)
         self._decode = low.llama_decode
         self._logits = low.llama_get_logits_ith
@@ -100,8 +105,10 @@ class Context:
         return self._handle
 
     def decode(self, batch: Batch) -> None:
-        """Computes all rows of `batch`. Raises CacheFullError (nothing changed) or BackendError."""
+        """Computes all rows of `batch`. Raises CacheFullError (nothing changed), ExpertReadError or BackendError."""
         status = self._decode(self._handle, batch.struct)
+        if self._experts is not None and self._experts.failed:
+            raise ExpertReadError(self._experts.take_error())
         if status == 0:
             return
         if status == 1:

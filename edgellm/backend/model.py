@@ -5,29 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgellm.backend.experts import ExpertStore, experts_in
 from edgellm.backend.library import lib, take_errors
 from edgellm.backend.packing import packing
 from edgellm.backend.vocab import Vocab
-from edgellm.errors import AdapterError, ModelLoadError
+from edgellm.errors import AdapterError, ModelLoadError, ModelUnsupportedError
 
 
 class Model:
     """Owns a `llama_model`. Close contexts and adapters before it."""
 
-    def __init__(self, path: Path, *, mapped: bool = True, packed: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, mapped: bool = True, packed: bool = False, experts: ExpertStore | None = None
+    ) -> None:
         """Maps the file, or reads it into memory, and prepares the weights.
 
-        Raises ModelLoadError with llama.cpp's own words.
+        With `experts`, the model's expert tensors lie there; the store is then the model's, and closed with it.
+        Raises ModelLoadError with llama.cpp's own words, ModelUnsupportedError for experts that cannot be paged.
         """
+        self.experts = experts
         low = lib()
         params = low.llama_model_default_params()
         if not mapped:
             params.load_mode = low.LLAMA_LOAD_MODE_NONE
         take_errors()
-        with packing(packed):
+        with packing(packed), experts_in(experts):
             self._handle: Any = low.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
-            raise ModelLoadError(f"llama.cpp could not load {path.name}: {take_errors() or 'no reason given'}")
+            reason = take_errors() or "no reason given"
+            self.close()
+            raise ModelLoadError(f"llama.cpp could not load {path.name}: {reason}")
+        if experts is not None and experts.unclaimed:
+            self.close()
+            raise ModelUnsupportedError(f"{path.name}: llama.cpp uses its expert tensors in a way that cannot be paged")
         self.path = path
         self.vocab = Vocab(self._handle)
         if fault := self.vocab.fault():
@@ -54,6 +64,8 @@ class Model:
         if self._handle:
             lib().llama_model_free(self._handle)
             self._handle = None
+        if self.experts is not None:
+            self.experts.close()
 
 
 class Adapter:

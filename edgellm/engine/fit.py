@@ -1,15 +1,21 @@
-"""What a model will be given, and the memory that takes: known before anything is loaded, without llama.cpp."""
+"""What a model will be given, and the memory that takes: known before anything is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from edgellm.backend.experts import paging_fault
 from edgellm.config import Settings
+from edgellm.errors import ModelUnsupportedError
 from edgellm.models.describe import ModelInfo
-from edgellm.models.memory import MemoryEstimate, estimate_memory
+from edgellm.models.memory import MemoryEstimate, available_memory_bytes, estimate_memory
+from edgellm.moe.layout import ExpertLayout, plan_experts, read_layout
 
 BATCH_TOKENS = 512
 """Rows of a step: what a prompt may take at once when nothing else is running."""
+
+ROOM_SHARE = 0.8
+"""Loaded models take at most this part of the memory that is available, unless the settings say otherwise."""
 
 _DEFAULT_CONTEXT_TOKENS = 8192
 _IDLE_SEQUENCES = 24
@@ -25,8 +31,13 @@ def context_tokens_for(info: ModelInfo, settings: Settings) -> int:
     return min(info.context_tokens or _DEFAULT_CONTEXT_TOKENS, _DEFAULT_CONTEXT_TOKENS)
 
 
-def memory_for(info: ModelInfo, settings: Settings) -> MemoryEstimate:
-    """What loading the model will take."""
+def memory_for(info: ModelInfo, settings: Settings, room_bytes: int | None = None) -> MemoryEstimate:
+    """What loading the model will take.
+
+    Experts that are paged take what the settings give them, or what is left of `room_bytes` (default: 80 % of the
+    memory available now) by all the rest, but no more than all of them need. Raises ModelTooLargeError if that is less
+    than the least.
+    """
     estimate = estimate_memory(
         info,
         context_tokens_for(info, settings),
@@ -34,7 +45,30 @@ def memory_for(info: ModelInfo, settings: Settings) -> MemoryEstimate:
         BATCH_TOKENS,
         flash_attention=settings.flash_attention != "off",
     )
-    return replace(estimate, prefix_bytes=settings.prefix_memory_bytes if info.causal else 0)
+    estimate = replace(estimate, prefix_bytes=settings.prefix_memory_bytes if info.causal else 0)
+    if (layout := paged_layout(info, settings)) is None:
+        return estimate
+    estimate = replace(estimate, weights_bytes=estimate.weights_bytes - info.expert_bytes)
+    if isinstance(settings.expert_memory_bytes, int):
+        budget = settings.expert_memory_bytes
+    else:
+        room = int(available_memory_bytes() * ROOM_SHARE) if room_bytes is None else room_bytes
+        budget = max(layout.least_bytes, room - estimate.total_bytes)  # if that is too much, the manager says so
+    return replace(estimate, expert_bytes=plan_experts(layout, budget).total_bytes)
+
+
+def paged_layout(info: ModelInfo, settings: Settings) -> ExpertLayout | None:
+    """The experts that will be paged; None for a model without, or where settings or this llama.cpp rule it out.
+
+    Raises ModelUnsupportedError if paging was asked for and cannot be.
+    """
+    if not info.expert_bytes or settings.expert_memory_bytes == "off":
+        return None
+    if fault := paging_fault():
+        if settings.expert_memory_bytes != "auto":
+            raise ModelUnsupportedError(f"{info.path.name}: its experts cannot be paged: {fault}")
+        return None
+    return read_layout(info.path, packed=settings.packed_weights == "auto")
 
 
 def sequences_for(info: ModelInfo, settings: Settings) -> int:

@@ -11,15 +11,16 @@ from edgellm.backend.model import Model
 from edgellm.backend.packing import packable_types, packing_kernels
 from edgellm.backend.pages import huge_page_bytes, use_huge_pages
 from edgellm.backend.vocab import Vocab
-from edgellm.config import Settings
+from edgellm.config import Settings, home_dir
 from edgellm.engine.cache import PrefixCache
 from edgellm.engine.embedder import Embedder, Pooling
-from edgellm.engine.fit import BATCH_TOKENS, context_tokens_for, memory_for, sequences_for
+from edgellm.engine.fit import BATCH_TOKENS, context_tokens_for, memory_for, paged_layout, sequences_for
 from edgellm.engine.runner import Runner, RunnerLimits
 from edgellm.engine.threads import default_threads
 from edgellm.errors import ModelUnsupportedError
 from edgellm.models.describe import ModelInfo
-from edgellm.models.memory import available_memory_bytes
+from edgellm.models.memory import MemoryEstimate, available_memory_bytes
+from edgellm.moe.pager import load_paged
 
 _log = logging.getLogger(__name__)
 
@@ -55,17 +56,22 @@ class LoadedModel:
         return self.runner.context.context_tokens
 
 
-def load_runner(info: ModelInfo, settings: Settings) -> Runner:
+def load_runner(info: ModelInfo, settings: Settings, memory: MemoryEstimate | None = None) -> Runner:
     """Loads the weights and makes the context. Any thread may do this, before the engine knows the runner.
 
-    Raises ModelLoadError.
+    `memory` is what it may take (default: `memory_for`). Raises ModelLoadError, ModelTooLargeError,
+    ModelUnsupportedError.
     """
-    packed = settings.packed_weights == "auto" and _worth_packing(info, settings)
+    memory = memory or memory_for(info, settings)
+    layout = paged_layout(info, settings) if memory.expert_bytes is not None else None
+    packed = layout is None and settings.packed_weights == "auto" and _worth_packing(info, settings)
     # Packed weights lie in huge pages from the start; moving keys, values and buffers as well gains nothing there.
-    huge = (
-        not packed and settings.huge_pages == "auto" and huge_page_bytes() is not None and _fits_easily(info, settings)
-    )
-    model = Model(info.path, mapped=not huge and not packed, packed=packed)
+    may_be_huge = not packed and layout is None and settings.huge_pages == "auto"
+    huge = may_be_huge and huge_page_bytes() is not None and _fits_easily(info, settings)
+    if layout is not None and memory.expert_bytes is not None:
+        model = load_paged(layout, memory.expert_bytes, home_dir(), packed=settings.packed_weights == "auto")
+    else:
+        model = Model(info.path, mapped=not huge and not packed, packed=packed)
     try:
         cells = context_tokens_for(info, settings)
         sequences = sequences_for(info, settings)

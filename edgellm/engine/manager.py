@@ -17,7 +17,7 @@ from edgellm.backend.model import Adapter
 from edgellm.config import Settings
 from edgellm.engine.embedder import Embedder
 from edgellm.engine.engine import Engine
-from edgellm.engine.fit import memory_for
+from edgellm.engine.fit import ROOM_SHARE, memory_for
 from edgellm.engine.loaded import LoadedModel, load_embedder, load_runner
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
@@ -36,7 +36,6 @@ from edgellm.models.memory import available_memory_bytes
 from edgellm.models.store import ModelStore, StoredModel
 
 _log = logging.getLogger(__name__)
-_BUDGET_SHARE = 0.8
 _MIB = 1 << 20
 
 
@@ -88,7 +87,7 @@ class ModelManager:
                     f"two models are called '{model.name}': {self._configured[model.name].path}, {model.path}"
                 )
         self.default = next(iter(self._configured))
-        self.budget_bytes = settings.memory_budget_bytes or int(available_memory_bytes() * _BUDGET_SHARE)
+        self.budget_bytes = settings.memory_budget_bytes or int(available_memory_bytes() * ROOM_SHARE)
         self._reaper = threading.Thread(target=self._reap, name="edgellm-reaper", daemon=True)
         self._reaper.start()
 
@@ -207,9 +206,10 @@ class ModelManager:
         info = describe(model.path)
         if info.is_adapter:
             raise ModelUnsupportedError(f"'{model.name}' is a LoRA adapter, not a model")
-        needed = memory_for(info, self._settings).total_bytes
+        memory = memory_for(info, self._settings, self.budget_bytes)
+        needed = memory.total_bytes
         self._make_room(model.name, needed)
-        runner = load_runner(info, self._settings)
+        runner = load_runner(info, self._settings, memory)
         loaded = LoadedModel(model.name, info, runner, needed, self._settings)
         self._engine.add(runner)
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,9 @@ from edgellm.models.ggml_types import FILE_TYPES
 from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
 from edgellm.models.gguf_values import Value
 from edgellm.models.split import split_headers
+
+STACKED_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate_up|up|gate|down)_exps\.weight")
+"""Names of stacked expert tensors: one matrix for each expert, (experts, rows, columns)."""
 
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # llama.cpp itself makes these non-causal, whatever the file says (src/models/*.cpp).
@@ -48,6 +52,7 @@ class ModelInfo:
     file_bytes: int  # over all files
     tensor_bytes: int
     matrix_bytes: Mapping[str, int]  # of the two-dimensional tensors, by type: "Q4_K"
+    expert_bytes: int  # of the stacked expert tensors
     quantisation: str  # as in file names: "Q4_K_M"
     context_tokens: int  # that the model was trained on
     layers: int
@@ -104,6 +109,7 @@ def describe(source: GGUFHeader | Path | str) -> ModelInfo:
         file_bytes=sum(part.file_bytes for part in headers),
         tensor_bytes=sum(tensor.n_bytes for tensor in tensors),
         matrix_bytes=_bytes_by_type(tensor for tensor in tensors if len(tensor.dims) == 2),
+        expert_bytes=sum(tensor.n_bytes for tensor in tensors if STACKED_EXPERTS.fullmatch(tensor.name)),
         quantisation=_quantisation(header, headers),
         context_tokens=facts.number("context_length"),
         layers=layers,

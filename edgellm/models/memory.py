@@ -31,10 +31,11 @@ class MemoryEstimate:
     kv_bytes: int
     compute_bytes: int
     prefix_bytes: int = 0  # at most: finished sequences that were moved out of the KV cells
+    expert_bytes: int | None = None  # at most: experts of a paged model, which `weights_bytes` then leaves out
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.prefix_bytes
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.prefix_bytes + (self.expert_bytes or 0)
 
 
 def whole_cells(context_tokens: int) -> int:

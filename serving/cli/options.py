@@ -22,7 +22,7 @@ def _shown(field: str, default: Any) -> str | bool:
     """The default as the user would write it; unset ones are told in the help text."""
     if default is None or default == ():
         return False
-    if field.endswith("_bytes"):
+    if field.endswith("_bytes") and isinstance(default, int):
         return f"{default // (1 << 20)}MiB"
     if field.endswith("_s") or field.endswith("_seconds"):
         return f"{default // 60:g}m" if default % 60 == 0 and default else f"{default:g}s"

@@ -209,10 +209,10 @@ def test_adapters_work_on_packed_weights(plain_path: Path, tmp_path: Path) -> No
 _UNKNOWN_LIBRARY = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
-from edgellm.backend import packing
+from edgellm.backend import host, packing
 from edgellm.backend.library import lib
 lib()
-packing._API_VERSION = 99
+host._API_VERSION = 99
 print(packing.packing_kernels(), packing.packable_types())
 from pathlib import Path
 from edgellm import _kernels

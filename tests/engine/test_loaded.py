@@ -51,4 +51,10 @@ def test_not_without_memory_for_all_of_it(quantised: Path, monkeypatch: pytest.M
 def test_not_if_most_of_it_is_experts(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "experts.gguf", weights="q8_0", experts=32)
     assert sum(describe(path).matrix_bytes.values()) < describe(path).tensor_bytes / 2
-    assert packed_share(path, Settings()) == 0
+    assert packed_share(path, Settings(expert_memory_bytes="off")) == 0
+
+
+def test_the_dense_part_is_packed_if_experts_are_paged(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "experts.gguf", weights="q8_0", experts=32)
+    dense = 1 - describe(path).expert_bytes / describe(path).tensor_bytes
+    assert 0 < packed_share(path, Settings()) < dense

@@ -1,0 +1,195 @@
+"""Experts paged from flash: the stacked expert tensors of a MoE model lie in a store instead of in memory.
+
+The store (kernels/expert_store.h) holds some of the experts, reads the others when a step needs them, and multiplies by
+them on llama.cpp's threads (kernels/expert_buffer.h). What is in it, and how much it may hold, is edgellm.moe's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgellm import _kernels
+from edgellm.backend.host import UnknownLibraryError, connect_host
+from edgellm.backend.packing import packable_types, packing_kernels
+from edgellm.errors import ModelLoadError, ModelUnsupportedError
+
+READERS = 4
+"""Threads that read: what keeps a disk busy, at little cost while they wait."""
+
+SECTOR_BYTES = 4096
+"""Unbuffered reads begin and end at multiples of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One stacked tensor of a MoE layer: a (rows, columns) matrix for each expert."""
+
+    name: str
+    type: int  # ggml's number
+    type_name: str  # "Q4_K"
+    columns: int
+    rows: int
+    layer: int  # MoE layers count from 0
+    file: int  # index of the file
+    offset: int  # bytes from the start of the file to expert 0's matrix
+    n_bytes: int  # of one expert's matrix
+    may_pack: bool = True
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is rearranged on its way into memory (kernels/packed.h)."""
+        return (
+            self.may_pack
+            and self.type_name in packable_types()
+            and _kernels.can_pack(self.type, self.columns, self.rows)
+        )
+
+    @property
+    def extent_bytes(self) -> int:
+        """Memory for one expert's matrix, with what unbuffered reads need around it."""
+        return self._native().extent
+
+    def of_layer(self, layer: int) -> Slice:
+        """The same, of another layer."""
+        return replace(self, layer=layer)
+
+    def _native(self) -> _kernels.ExpertSlice:
+        return _kernels.ExpertSlice(
+            self.name,
+            type=self.type,
+            columns=self.columns,
+            rows=self.rows,
+            layer=self.layer,
+            file=self.file,
+            offset=self.offset,
+            bytes=self.n_bytes,
+            packed=self.packed,
+            stored_packed=False,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """Counters since the model was loaded. An expert counts once for each layer and step that needs it."""
+
+    visits: int  # layers of steps
+    needed: int
+    hits: int  # in memory when they were needed, not counting those read ahead for it
+    loads: int  # read when they were needed, and kept
+    streamed: int  # read when they were needed, and not kept: the layer needed more than there were slots
+    prefetched: int  # read ahead
+    prefetch_used: int
+    prefetch_wasted: int  # left without having been used
+    reads: int
+    bytes: int
+    stall_ns: int  # the step waited for a read
+    read_ns: int  # readers were reading, added up over them
+
+
+class ExpertStore:
+    """Owns the slots, the readers and the open files. Close it after the model that lies in it."""
+
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        files: Sequence[Path],
+        *,
+        experts: int,
+        pools: Sequence[int],
+        slots: Sequence[int],
+        stream_bytes: int,
+        direct: bool = True,
+    ) -> None:
+        """`pools[layer]` is the pool of the layer's experts, `slots[pool]` how many of them it holds; `stream_bytes`
+        is the area for those of one layer that find no slot: at least two of the largest matrices.
+
+        Raises ModelLoadError; ModelUnsupportedError where llama.cpp is not the library that was expected.
+        """
+        if fault := paging_fault():
+            raise ModelUnsupportedError(f"experts cannot be paged: {fault}")
+        try:
+            self._native: _kernels.ExpertStore | None = _kernels.ExpertStore(
+                layers=len(pools),
+                experts=experts,
+                slices=[piece._native() for piece in slices],
+                files=[str(path) for path in files],
+                pools=list(pools),
+                slots=list(slots),
+                stream_bytes=stream_bytes,
+                readers=READERS,
+                direct=direct,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ModelLoadError(f"the experts cannot be paged: {error}") from None
+        self._tensors = len(slices)
+
+    @property
+    def native(self) -> _kernels.ExpertStore:
+        if self._native is None:
+            raise ModelLoadError("the expert store is closed")
+        return self._native
+
+    @property
+    def unclaimed(self) -> int:
+        """Tensors that llama.cpp has not placed here, although a model was loaded with this store."""
+        return self._tensors - self.native.claimed
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return self.native.direct
+
+    @property
+    def deleted(self) -> bool:
+        """Whether a file has lost its name. What is read is still what it was."""
+        return self.native.deleted
+
+    @property
+    def failed(self) -> bool:
+        """A read has failed: what was computed since is worthless."""
+        return self._native is not None and self._native.failed
+
+    def take_error(self) -> str:
+        """What failed, and the store works again. Call it between steps."""
+        return self.native.take_error()
+
+    @property
+    def stats(self) -> ExpertStats:
+        return ExpertStats(**self.native.stats())
+
+    def close(self) -> None:
+        """Stops the readers and frees the memory. Idempotent."""
+        self._native = None
+
+
+@functools.cache
+def paging_fault() -> str | None:
+    """Why experts cannot be paged with this llama.cpp; None where they can.
+
+    The first call, which must come before the first model is loaded, hooks the stores in.
+    """
+    kernels = packing_kernels()
+    try:
+        connect_host()
+    except UnknownLibraryError as error:
+        return f"llama.cpp is not the library that was expected ({error})"
+    _kernels.install_experts(kernels)
+    return None
+
+
+@contextlib.contextmanager
+def experts_in(store: ExpertStore | None) -> Iterator[None]:
+    """While this is entered, expert tensors of models that this thread loads lie in `store`; None: in memory."""
+    paging_fault()
+    if store is None:
+        yield
+        return
+    _kernels.set_expert_store(store.native)
+    try:
+        yield
+    finally:
+        _kernels.set_expert_store(None)

@@ -1,0 +1,487 @@
+#include "expert_store.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+#include <system_error>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "packed.h"
+
+namespace edgellm {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+uint64_t now_ns() {
+    return static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
+}
+
+int64_t modified_ns(const struct stat & s) {
+#ifdef __APPLE__
+    return int64_t{s.st_mtimespec.tv_sec} * 1000000000 + s.st_mtimespec.tv_nsec;
+#else
+    return int64_t{s.st_mtim.tv_sec} * 1000000000 + s.st_mtim.tv_nsec;
+#endif
+}
+
+// Address space in huge pages where there are any; it takes memory when it is written to.
+uint8_t * reserve(size_t size) {
+    void * p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "no address space for experts");
+#ifdef MADV_HUGEPAGE
+    madvise(p, size, MADV_HUGEPAGE);
+#endif
+    return static_cast<uint8_t *>(p);
+}
+
+int open_file(const std::string & path, bool direct) {
+    int flags = O_RDONLY | O_CLOEXEC;
+#ifdef O_DIRECT
+    if (direct) flags |= O_DIRECT;
+#endif
+    return open(path.c_str(), flags);
+}
+
+// Whether an unbuffered read works: file systems may take the flag and refuse the read.
+bool reads_directly(int fd) {
+    void * page = nullptr;
+    if (posix_memalign(&page, kSector, kSector) != 0) return false;
+    const bool works = pread(fd, page, kSector, 0) > 0;
+    free(page);
+    return works;
+}
+
+}  // namespace
+
+size_t ExpertSlice::memory_bytes() const { return packed ? packed_size(type, columns, rows) : bytes; }
+
+size_t slice_extent(const ExpertSlice & slice) {
+    return slice.converted() ? rounded(slice.memory_bytes(), kSector) : rounded(slice.bytes + kSector - 1, kSector);
+}
+
+ExpertStore::ExpertStore(ExpertStoreParams params) : params_(std::move(params)) {
+    lay_out();
+    try {
+        open_files();
+        for (Pool & pool : pools_) {
+            pool.mapped_bytes = rounded(std::max<size_t>(pool.slot_bytes * static_cast<size_t>(pool.slots), 1), kHugePage);
+            pool.base = reserve(pool.mapped_bytes);
+        }
+        stream_mapped_ = rounded(params_.stream_bytes, kHugePage);
+        stream_ = reserve(stream_mapped_);
+        residency_ = std::make_unique<Residency>(params_.layers, params_.experts, params_.pools, params_.slots);
+        for (int i = 0; i < params_.readers; ++i) readers_.emplace_back(&ExpertStore::work, this);
+    } catch (...) {
+        close_all();
+        throw;
+    }
+}
+
+ExpertStore::~ExpertStore() { close_all(); }
+
+void ExpertStore::lay_out() {
+    layers_.resize(static_cast<size_t>(params_.layers));
+    pools_.resize(params_.slots.size());
+    size_t largest = 0;
+    for (ExpertSlice & slice : params_.slices) {
+        if (slice.layer < 0 || slice.layer >= params_.layers) throw std::invalid_argument("a slice of no layer");
+        auto & layer = layers_[static_cast<size_t>(slice.layer)];
+        slice.index = static_cast<int>(layer.size());
+        slice.extent = slice_extent(slice);
+        slice.start = layer.empty() ? 0 : layer.back()->start + layer.back()->extent;
+        layer.push_back(&slice);
+        names_[slice.name] = &slice;
+        largest = std::max(largest, slice.extent);
+        if (slice.converted()) bounce_bytes_ = std::max(bounce_bytes_, rounded(slice.bytes + kSector - 1, kSector));
+    }
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        if (layers_[l].empty() || layers_[l].size() > 32) throw std::invalid_argument("a layer has between 1 and 32 slices");
+        Pool & pool = pools_.at(static_cast<size_t>(params_.pools.at(l)));
+        const ExpertSlice & last = *layers_[l].back();
+        pool.slot_bytes = std::max(pool.slot_bytes, last.start + last.extent);
+        pool.parts = std::max(pool.parts, static_cast<int>(layers_[l].size()));
+    }
+    if (params_.stream_bytes < 2 * largest) throw std::invalid_argument("the streaming area holds less than two matrices");
+    for (size_t p = 0; p < pools_.size(); ++p) {
+        Pool & pool = pools_[p];
+        pool.slots = params_.slots[p];
+        const size_t states = static_cast<size_t>(pool.slots) * static_cast<size_t>(pool.parts);
+        pool.states = std::make_unique<std::atomic<State>[]>(states);
+        for (size_t i = 0; i < states; ++i) pool.states[i].store(State::absent, std::memory_order_relaxed);
+        pool.content.resize(static_cast<size_t>(pool.slots));
+    }
+    size_t smallest = largest;
+    for (const ExpertSlice & slice : params_.slices) smallest = std::min(smallest, slice.extent);
+    cells_ = std::make_unique<std::atomic<State>[]>(params_.stream_bytes / std::max<size_t>(smallest, 1));
+}
+
+void ExpertStore::open_files() {
+    direct_ = params_.direct;
+    for (const std::string & path : params_.files) {
+        int fd = open_file(path, direct_);
+        if (direct_ && (fd < 0 ? errno == EINVAL : !reads_directly(fd))) {
+            if (fd >= 0) close(fd);
+            direct_ = false;
+            fd = open_file(path, false);
+        }
+        if (fd < 0) throw std::system_error(errno, std::generic_category(), path);
+        struct stat s {};
+        files_.push_back({fd, 0, 0});
+        if (fstat(fd, &s) != 0) throw std::system_error(errno, std::generic_category(), path);
+        files_.back().bytes = static_cast<uint64_t>(s.st_size);
+        files_.back().modified_ns = modified_ns(s);
+    }
+    for (const ExpertSlice & slice : params_.slices) {
+        const File & file = files_.at(static_cast<size_t>(slice.file));
+        if (slice.offset + slice.bytes * static_cast<uint64_t>(params_.experts) > file.bytes)
+            throw std::invalid_argument(slice.name + " reaches beyond the end of its file");
+    }
+}
+
+void ExpertStore::close_all() noexcept {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    work_.notify_all();
+    for (std::thread & reader : readers_) reader.join();
+    readers_.clear();
+    for (Pool & pool : pools_)
+        if (pool.base != nullptr) munmap(pool.base, pool.mapped_bytes);
+    if (stream_ != nullptr) munmap(stream_, stream_mapped_);
+    for (const File & file : files_)
+        if (file.fd >= 0) close(file.fd);
+}
+
+const ExpertSlice * ExpertStore::slice(const std::string & name) const {
+    const auto found = names_.find(name);
+    return found == names_.end() ? nullptr : found->second;
+}
+
+// --- the running multiplication
+
+void ExpertStore::begin(const ExpertSlice & slice, const int32_t * experts, size_t n) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    current_ = &slice;
+    tasks_.clear();
+    streamed_.clear();
+    streamed_at_ = requested_ = 0;
+    fresh_ = false;
+    if (failed()) return;
+    const uint32_t bit = uint32_t{1} << slice.index;
+    if (slice.layer != layer_ || (seen_ & bit) != 0) start_visit(slice, experts, n);
+    seen_ |= bit;
+    for (size_t i = 0; i < n; ++i) {
+        const int slot = residency_->slot_of(slice.layer, experts[i]);
+        if (slot < 0) {
+            streamed_.push_back(experts[i]);
+            continue;
+        }
+        const Job job{&slice, experts[i], slot};
+        const State now = state(job).load(std::memory_order_relaxed);
+        if (now == State::queued)
+            promote(slice, experts[i], slot);
+        else if (now == State::absent)
+            request(slice, experts[i], slot, true);
+        tasks_.push_back({experts[i], address(job), &state(job)});
+    }
+    std::stable_partition(tasks_.begin(), tasks_.end(),
+                          [](const Task & t) { return t.state->load(std::memory_order_relaxed) == State::ready; });
+    if (!streamed_.empty()) {
+        stats_.streamed += fresh_ ? streamed_.size() : 0;
+        cell_count_ = std::max<size_t>(2, params_.stream_bytes / slice.extent);
+        half_ = cell_count_ / 2;
+        stream_half();
+        stream_half();
+    }
+    work_.notify_all();
+}
+
+bool ExpertStore::next() {
+    if (!more()) return false;
+    std::lock_guard<std::mutex> lock(mutex_);
+    tasks_.clear();
+    if (streamed_at_ >= half_) stream_half();  // into the half that the last wave has left
+    const size_t end = std::min(streamed_at_ + half_, streamed_.size());
+    for (; streamed_at_ < end; ++streamed_at_) {
+        const size_t cell = streamed_at_ % (2 * half_);
+        const Job job{current_, streamed_[streamed_at_], ~static_cast<int32_t>(cell)};
+        tasks_.push_back({job.expert, address(job), &state(job)});
+    }
+    work_.notify_all();
+    return true;
+}
+
+// Requests the matrices of the next half of the streaming area.
+void ExpertStore::stream_half() {
+    const size_t end = std::min(requested_ + half_, streamed_.size());
+    for (; requested_ < end; ++requested_) {
+        const Job job{current_, streamed_[requested_], ~static_cast<int32_t>(requested_ % (2 * half_))};
+        state(job).store(State::queued, std::memory_order_relaxed);
+        urgent_.push_back(job);
+    }
+}
+
+void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts, size_t n) {
+    layer_ = slice.layer;
+    seen_ = 0;
+    fresh_ = true;
+    const auto layer = static_cast<size_t>(layer_);
+    const int pool = params_.pools[layer];
+    drop_stale(layer_, experts, n);
+    stats_.visits += 1;
+    stats_.needed += n;
+    const std::vector<Residency::Load> & loads = residency_->visit(layer_, experts, n);
+    stats_.loads += loads.size();
+    for (const Residency::Load & load : loads) occupy(pool, load, layer_, false);
+    for (size_t i = 0; i < n; ++i) {
+        const int slot = residency_->slot_of(layer_, experts[i]);
+        if (slot < 0) continue;
+        Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(slot)];
+        if (content.prefetched) {
+            content.prefetched = false;
+            ++stats_.prefetch_used;
+        } else {
+            ++stats_.hits;
+        }
+    }
+    stats_.hits -= loads.size();
+    // The matrices of this multiplication first, of all the experts; then those of the ones that follow.
+    for (const Residency::Load & load : loads) request(slice, load.expert, load.slot, true);
+    for (const ExpertSlice * other : layers_[layer])
+        if (other != &slice)
+            for (const Residency::Load & load : loads) request(*other, load.expert, load.slot, true);
+}
+
+void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int limit) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failed()) return;
+    const int pool = params_.pools[static_cast<size_t>(layer)];
+    const std::vector<Residency::Load> & loads = residency_->prefetch(layer, experts, n, static_cast<size_t>(limit));
+    stats_.prefetched += loads.size();
+    for (const Residency::Load & load : loads) {
+        occupy(pool, load, layer, true);
+        for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)]) request(*slice, load.expert, load.slot, false);
+    }
+    if (!loads.empty()) work_.notify_all();
+}
+
+// The layer's turn has come: what was to be read ahead for it, is not needed, and has not begun, is not read.
+void ExpertStore::drop_stale(int layer, const int32_t * experts, size_t n) {
+    if (ahead_.empty()) return;
+    const int pool = params_.pools[static_cast<size_t>(layer)];
+    Pool & p = pools_[static_cast<size_t>(pool)];
+    const auto parts = static_cast<int>(layers_[static_cast<size_t>(layer)].size());
+    const auto stale = [&](const Job & job) {
+        return job.slice->layer == layer && std::find(experts, experts + n, job.expert) == experts + n &&
+               p.content[static_cast<size_t>(job.place)].pending == parts &&
+               state({layers_[static_cast<size_t>(layer)].front(), job.expert, job.place}).load(std::memory_order_relaxed) ==
+                   State::queued;
+    };
+    std::vector<Job> dropped;
+    for (const Job & job : ahead_)
+        if (job.slice->index == 0 && stale(job)) dropped.push_back(job);
+    for (const Job & job : dropped) {
+        ahead_.erase(std::remove_if(ahead_.begin(), ahead_.end(),
+                                    [&](const Job & other) { return other.slice->layer == layer && other.expert == job.expert; }),
+                     ahead_.end());
+        for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)])
+            slot_state(*slice, job.place).store(State::absent, std::memory_order_relaxed);
+        p.content[static_cast<size_t>(job.place)] = {};
+        residency_->set_busy(pool, job.place, false);
+        residency_->forget(layer, job.expert);
+        --stats_.prefetched;
+    }
+}
+
+void ExpertStore::occupy(int pool, const Residency::Load & load, int layer, bool prefetched) {
+    Pool & p = pools_[static_cast<size_t>(pool)];
+    Pool::Slot & content = p.content[static_cast<size_t>(load.slot)];
+    if (content.prefetched) ++stats_.prefetch_wasted;
+    content = {layer, load.expert, 0, prefetched, false};
+    for (int part = 0; part < p.parts; ++part)
+        p.states[static_cast<size_t>(load.slot * p.parts + part)].store(State::absent, std::memory_order_relaxed);
+}
+
+void ExpertStore::request(const ExpertSlice & slice, int32_t expert, int slot, bool urgent) {
+    const int pool = params_.pools[static_cast<size_t>(slice.layer)];
+    Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(slot)];
+    if (content.pending++ == 0) residency_->set_busy(pool, slot, true);
+    slot_state(slice, slot).store(State::queued, std::memory_order_relaxed);
+    (urgent ? urgent_ : ahead_).push_back({&slice, expert, slot});
+}
+
+// What was to be read ahead is needed now.
+void ExpertStore::promote(const ExpertSlice & slice, int32_t expert, int slot) {
+    const auto wanted = [&](const Job & job) { return job.slice == &slice && job.expert == expert && job.place == slot; };
+    const auto found = std::find_if(ahead_.begin(), ahead_.end(), wanted);
+    if (found == ahead_.end()) return;
+    urgent_.push_back(*found);
+    ahead_.erase(found);
+}
+
+bool ExpertStore::wait(const Task & task, bool counts) {
+    State now = task.state->load(std::memory_order_acquire);
+    if (now == State::ready) return true;
+    const uint64_t started = counts ? now_ns() : 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++waiting_;
+    arrived_.wait(lock, [&] {
+        now = task.state->load(std::memory_order_acquire);
+        return now == State::ready || now == State::failed || failed();
+    });
+    --waiting_;
+    if (counts) stats_.stall_ns += now_ns() - started;
+    return now == State::ready;
+}
+
+void ExpertStore::fail(const std::string & message) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (error_.empty()) error_ = message;
+        failed_.store(true, std::memory_order_release);
+    }
+    arrived_.notify_all();
+}
+
+std::string ExpertStore::take_error() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    // What is still queued for the streaming area belongs to nobody; what is being read there must end first.
+    urgent_.erase(std::remove_if(urgent_.begin(), urgent_.end(), [](const Job & job) { return job.place < 0; }), urgent_.end());
+    arrived_.wait(lock, [&] { return streaming_reads_ == 0; });
+    std::string message;
+    message.swap(error_);
+    failed_.store(false, std::memory_order_release);
+    layer_ = -1;
+    return message;
+}
+
+ExpertStats ExpertStore::stats() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return stats_;
+}
+
+size_t ExpertStore::resident_bytes() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    size_t total = 0;
+    for (const Pool & pool : pools_)
+        for (const Pool::Slot & slot : pool.content) total += slot.layer >= 0 ? pool.slot_bytes : 0;
+    return total;
+}
+
+// --- reading
+
+void ExpertStore::work() {
+    uint8_t * bounce = nullptr;
+    if (bounce_bytes_ != 0) {
+        void * p = nullptr;
+        if (posix_memalign(&p, kSector, bounce_bytes_) == 0) bounce = static_cast<uint8_t *>(p);
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+        work_.wait(lock, [&] { return stop_ || !urgent_.empty() || !ahead_.empty(); });
+        if (stop_) break;
+        std::deque<Job> & queue = urgent_.empty() ? ahead_ : urgent_;
+        const Job job = queue.front();
+        queue.pop_front();
+        state(job).store(State::reading, std::memory_order_relaxed);
+        if (job.place < 0) ++streaming_reads_;
+        lock.unlock();
+        std::string fault;
+        const uint64_t started = now_ns();
+        const bool ok = read(job, bounce, fault);
+        const uint64_t took = now_ns() - started;
+        lock.lock();
+        stats_.read_ns += took;
+        if (ok) {
+            stats_.reads += 1;
+            stats_.bytes += job.slice->bytes;
+        } else {
+            if (error_.empty()) error_ = fault;
+            failed_.store(true, std::memory_order_release);
+        }
+        finish(job, ok);
+        if (waiting_ > 0 || !ok || job.place < 0) arrived_.notify_all();
+    }
+    free(bounce);
+}
+
+void ExpertStore::finish(const Job & job, bool ok) {
+    state(job).store(ok ? State::ready : State::failed, std::memory_order_release);
+    if (job.place < 0) {
+        --streaming_reads_;
+        return;
+    }
+    const int pool = params_.pools[static_cast<size_t>(job.slice->layer)];
+    Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(job.place)];
+    content.failed = content.failed || !ok;
+    if (--content.pending > 0) return;
+    residency_->set_busy(pool, job.place, false);
+    if (content.failed) {
+        residency_->forget(content.layer, content.expert);
+        content = {};
+    }
+}
+
+bool ExpertStore::read(const Job & job, uint8_t * bounce, std::string & fault) {
+    const ExpertSlice & slice = *job.slice;
+    const File & file = files_[static_cast<size_t>(slice.file)];
+    const std::string & path = params_.files[static_cast<size_t>(slice.file)];
+    struct stat s {};
+    if (fstat(file.fd, &s) != 0 || static_cast<uint64_t>(s.st_size) != file.bytes || modified_ns(s) != file.modified_ns) {
+        fault = path + " changed while it was in use; load the model again";
+        return false;
+    }
+    if (s.st_nlink == 0) deleted_.store(true, std::memory_order_relaxed);
+    const uint64_t offset = slice.offset + static_cast<uint64_t>(job.expert) * slice.bytes;
+    const size_t lead = offset % kSector, wanted = lead + slice.bytes, size = rounded(wanted, kSector);
+    uint8_t * target = slice.converted() ? bounce : address(job) - lead;
+    if (target == nullptr) {
+        fault = "no memory to read experts into";
+        return false;
+    }
+    for (size_t done = 0; done < wanted;) {
+        const ssize_t n = pread(file.fd, target + done, size - done, static_cast<off_t>(offset - lead + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {
+            fault = "cannot read expert " + std::to_string(job.expert) + " of " + slice.name + " from " + path + ": " +
+                    (n < 0 ? std::generic_category().message(errno) : std::string("the file ends before it"));
+            return false;
+        }
+        done += static_cast<size_t>(n);
+        if (done < wanted && done % kSector != 0) done -= done % kSector;  // unbuffered reads go on at whole sectors
+    }
+#ifdef POSIX_FADV_DONTNEED
+    if (!direct_) posix_fadvise(file.fd, static_cast<off_t>(offset - lead), static_cast<off_t>(size), POSIX_FADV_DONTNEED);
+#endif
+    if (slice.converted()) pack(slice.type, slice.columns, slice.rows, bounce + lead, address(job));
+    return true;
+}
+
+uint8_t * ExpertStore::address(const Job & job) const {
+    const ExpertSlice & slice = *job.slice;
+    if (job.place < 0) return stream_ + static_cast<size_t>(~job.place) * slice.extent + slice.lead(job.expert);
+    const Pool & pool = pools_[static_cast<size_t>(params_.pools[static_cast<size_t>(slice.layer)])];
+    return pool.base + static_cast<size_t>(job.place) * pool.slot_bytes + slice.start + slice.lead(job.expert);
+}
+
+std::atomic<ExpertStore::State> & ExpertStore::slot_state(const ExpertSlice & slice, int slot) {
+    const Pool & pool = pools_[static_cast<size_t>(params_.pools[static_cast<size_t>(slice.layer)])];
+    return pool.states[static_cast<size_t>(slot * pool.parts + slice.index)];
+}
+
+std::atomic<ExpertStore::State> & ExpertStore::state(const Job & job) {
+    return job.place < 0 ? cells_[static_cast<size_t>(~job.place)] : slot_state(*job.slice, job.place);
+}
+
+}  // namespace edgellm

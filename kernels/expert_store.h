@@ -1,0 +1,196 @@
+// The experts of a MoE model that is larger than memory: which are in memory, and the reads that bring them there.
+//
+// A layer's experts have a matrix in each of the layer's stacked tensors (gate, up, down, or two of them merged). An
+// expert in memory has a slot, with a part for each of its matrices; slots of the same size make up a pool. What lies in
+// which slot is decided by the residency policy (residency.h). Reader threads bring the matrices in one by one, straight
+// from the disk into the slot where the layout allows it, and a multiplication begins with those that are there.
+//
+// A step may need more experts of a layer than there are slots. The rest is streamed: each multiplication reads the one
+// matrix that it needs into a cell of a small area, in waves of half the area, so that one half is read while the other
+// is used. So a layer of any width can be computed with any budget, and no matrix is read twice in a step.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "residency.h"
+
+namespace edgellm {
+
+constexpr size_t kSector = 4096;  // what unbuffered reads are aligned to
+
+// One stacked tensor of a layer.
+struct ExpertSlice {
+    std::string name;
+    int32_t type;
+    int64_t columns, rows;
+    int layer, index;   // MoE layers count from 0; `index` numbers the tensors of a layer
+    int file;           // expert e's matrix is at offset + e * bytes of this file
+    uint64_t offset, bytes;
+    bool packed;        // lies in memory as packed.h has it
+    bool stored_packed; // in the file, too
+
+    size_t start = 0, extent = 0;  // its part of a slot, in bytes; filled in by the store
+
+    bool converted() const { return packed && !stored_packed; }
+    size_t memory_bytes() const;
+    // Bytes from the start of its part to the matrix: unbuffered reads begin at whole sectors of the file.
+    size_t lead(int32_t expert) const { return converted() ? 0 : (offset + static_cast<uint64_t>(expert) * bytes) % kSector; }
+};
+
+struct ExpertStoreParams {
+    int layers, experts;
+    std::vector<ExpertSlice> slices;
+    std::vector<std::string> files;
+    std::vector<int> pools;  // (layers,): the pool of the layer's experts
+    std::vector<int> slots;  // (pools,)
+    size_t stream_bytes;     // at least two cells of the largest matrix
+    int readers;             // threads
+    bool direct;             // unbuffered reads, where the file system has them
+};
+
+struct ExpertStats {
+    uint64_t visits, needed, hits, loads, streamed;       // experts of layers of steps
+    uint64_t prefetched, prefetch_used, prefetch_wasted;  // experts
+    uint64_t reads, bytes;
+    uint64_t stall_ns, read_ns;  // the first thread's waiting; time that readers spent in reads
+};
+
+// Bytes of memory that a matrix of this kind takes in a slot or a cell.
+size_t slice_extent(const ExpertSlice & slice);
+
+class ExpertStore {
+  public:
+    enum class State : uint8_t { absent, queued, reading, ready, failed };
+
+    struct Task {
+        int32_t expert;
+        const uint8_t * data;
+        const std::atomic<State> * state;
+    };
+
+    // Opens the files and reserves the memory. Throws std::system_error, std::invalid_argument.
+    explicit ExpertStore(ExpertStoreParams params);
+    ~ExpertStore();
+    ExpertStore(const ExpertStore &) = delete;
+    ExpertStore & operator=(const ExpertStore &) = delete;
+
+    // nullptr if there is no such tensor.
+    const ExpertSlice * slice(const std::string & name) const;
+    const ExpertStoreParams & params() const { return params_; }
+
+    // --- one multiplication at a time; called by its first thread
+    // It needs these distinct experts. Their matrices come in waves; the first is ready to be asked for.
+    void begin(const ExpertSlice & slice, const int32_t * experts, size_t n);
+    const std::vector<Task> & wave() const { return tasks_; }
+    // Nobody uses the last wave's matrices any more: makes the next wave. False if there is none.
+    bool next();
+    // Whether `next` would make a wave.
+    bool more() const { return streamed_at_ < streamed_.size(); }
+    // The coming visit of the layer will likely need these, most likely first: at most `limit` are read ahead.
+    void prefetch(int layer, const int32_t * experts, size_t n, int limit);
+    // Whether `begin` was the first of a layer's visit.
+    bool fresh_visit() const { return fresh_; }
+
+    // --- any thread
+    // Waits for a matrix. False if it cannot be read; `counts`: the time is a stall.
+    bool wait(const Task & task, bool counts);
+    // A read has failed, or the graph used an expert tensor in an unknown way: results are worthless until `take_error`.
+    bool failed() const { return failed_.load(std::memory_order_acquire); }
+    void fail(const std::string & message);
+    std::string take_error();
+
+    ExpertStats stats();
+    size_t resident_bytes();
+    bool deleted() const { return deleted_.load(std::memory_order_relaxed); }
+    bool direct() const { return direct_; }
+
+    // Tensors that llama.cpp has placed here.
+    void claim(const ExpertSlice &) { ++claimed_; }
+    int claimed() const { return claimed_; }
+
+    std::atomic<int64_t> next_chunk{0};  // of the running multiplication
+
+  private:
+    struct Pool {
+        uint8_t * base = nullptr;
+        size_t slot_bytes = 0, mapped_bytes = 0;
+        int slots = 0, parts = 0;
+        std::unique_ptr<std::atomic<State>[]> states;  // (slots, parts)
+        struct Slot {
+            int32_t layer = -1, expert = -1;
+            int16_t pending = 0;  // reads that are queued or running
+            bool prefetched = false, failed = false;
+        };
+        std::vector<Slot> content;
+    };
+    struct File {
+        int fd = -1;
+        uint64_t bytes = 0;
+        int64_t modified_ns = 0;
+    };
+    struct Job {
+        const ExpertSlice * slice;
+        int32_t expert;
+        int32_t place;  // a slot; ~cell for a cell of the streaming area
+    };
+
+    void lay_out();
+    void open_files();
+    void close_all() noexcept;
+    void start_visit(const ExpertSlice & slice, const int32_t * experts, size_t n);
+    void drop_stale(int layer, const int32_t * experts, size_t n);
+    void occupy(int pool, const Residency::Load & load, int layer, bool prefetched);
+    void request(const ExpertSlice & slice, int32_t expert, int slot, bool urgent);
+    void promote(const ExpertSlice & slice, int32_t expert, int slot);
+    void stream_half();
+    void work();
+    void finish(const Job & job, bool ok);
+    bool read(const Job & job, uint8_t * bounce, std::string & fault);
+    uint8_t * address(const Job & job) const;
+    std::atomic<State> & state(const Job & job);
+    std::atomic<State> & slot_state(const ExpertSlice & slice, int slot);
+
+    ExpertStoreParams params_;
+    std::unordered_map<std::string, const ExpertSlice *> names_;
+    std::vector<std::vector<const ExpertSlice *>> layers_;
+    std::vector<Pool> pools_;
+    std::vector<File> files_;
+    size_t bounce_bytes_ = 0;
+    uint8_t * stream_ = nullptr;
+    size_t stream_mapped_ = 0;
+    std::unique_ptr<std::atomic<State>[]> cells_;
+    bool direct_ = false;
+    int claimed_ = 0;
+
+    std::mutex mutex_;
+    std::condition_variable work_, arrived_;
+    int waiting_ = 0, streaming_reads_ = 0;
+    bool stop_ = false;
+    std::unique_ptr<Residency> residency_;
+    std::deque<Job> urgent_, ahead_;
+    ExpertStats stats_{};
+    std::string error_;
+    std::atomic<bool> failed_{false}, deleted_{false};
+    std::vector<std::thread> readers_;
+
+    // The running multiplication, touched by its first thread only (tasks_: read by all, between barriers).
+    const ExpertSlice * current_ = nullptr;
+    int layer_ = -1;
+    uint32_t seen_ = 0;  // the layer's tensors that this visit has multiplied by
+    bool fresh_ = false;
+    std::vector<Task> tasks_;
+    std::vector<int32_t> streamed_;
+    size_t streamed_at_ = 0, requested_ = 0, cell_count_ = 0, half_ = 0;
+};
+
+}  // namespace edgellm

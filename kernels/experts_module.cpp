@@ -1,0 +1,95 @@
+// edgellm._kernels.ExpertStore: experts paged from flash, as Python sees them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "expert_buffer.h"
+#include "expert_store.h"
+#include "modules.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace edgellm {
+namespace {
+
+// The arguments are those of edgellm.backend.experts.ExpertStore, which checks them.
+void make_store(ExpertStore * self, int layers, int experts, const std::vector<ExpertSlice> & slices,
+                const std::vector<std::string> & files, const std::vector<int> & pools, const std::vector<int> & slots,
+                size_t stream_bytes, int readers, bool direct) {
+    if (layers <= 0 || experts <= 0 || readers <= 0) throw std::invalid_argument("layers, experts and readers are positive");
+    if (pools.size() != static_cast<size_t>(layers)) throw std::invalid_argument("every layer has a pool");
+    new (self) ExpertStore({layers, experts, slices, files, pools, slots, stream_bytes, readers, direct});
+}
+
+nb::dict stats_of(ExpertStore & self) {
+    const ExpertStats s = self.stats();
+    nb::dict d;
+    d["visits"] = s.visits;
+    d["needed"] = s.needed;
+    d["hits"] = s.hits;
+    d["loads"] = s.loads;
+    d["streamed"] = s.streamed;
+    d["prefetched"] = s.prefetched;
+    d["prefetch_used"] = s.prefetch_used;
+    d["prefetch_wasted"] = s.prefetch_wasted;
+    d["reads"] = s.reads;
+    d["bytes"] = s.bytes;
+    d["stall_ns"] = s.stall_ns;
+    d["read_ns"] = s.read_ns;
+    return d;
+}
+
+// One multiplication's reads without a multiplication: what each expert's matrix is in memory. For tests.
+nb::list fetch(ExpertStore & self, const std::string & name, const std::vector<int32_t> & experts) {
+    const ExpertSlice * slice = self.slice(name);
+    if (slice == nullptr) throw std::invalid_argument("no tensor is called " + name);
+    nb::list found;
+    self.begin(*slice, experts.data(), experts.size());
+    do {
+        for (const ExpertStore::Task & task : self.wave()) {
+            bool there;
+            {
+                nb::gil_scoped_release release;
+                there = self.wait(task, true);
+            }
+            if (there) found.append(nb::make_tuple(task.expert, nb::bytes(reinterpret_cast<const char *>(task.data), slice->memory_bytes())));
+        }
+    } while (!self.failed() && self.next());
+    return found;
+}
+
+}  // namespace
+
+void bind_experts(nb::module_ & m) {
+    nb::class_<ExpertSlice>(m, "ExpertSlice", "One stacked tensor of a MoE layer.")
+        .def("__init__", [](ExpertSlice * self, std::string name, int32_t type, int64_t columns, int64_t rows, int layer, int file,
+                            uint64_t offset, uint64_t bytes, bool packed, bool stored_packed) {
+            new (self) ExpertSlice{std::move(name), type, columns, rows, layer, 0, file, offset, bytes, packed, stored_packed, 0, 0};
+        }, "name"_a, nb::kw_only(), "type"_a, "columns"_a, "rows"_a, "layer"_a, "file"_a, "offset"_a, "bytes"_a, "packed"_a, "stored_packed"_a)
+        .def_prop_ro("extent", &slice_extent, "Bytes of memory for one expert's matrix, in a slot or a cell.");
+    nb::class_<ExpertStore>(m, "ExpertStore", "Experts that are read from files when they are needed (kernels/expert_store.h).")
+        .def("__init__", &make_store, nb::kw_only(), "layers"_a, "experts"_a, "slices"_a, "files"_a, "pools"_a, "slots"_a,
+             "stream_bytes"_a, "readers"_a, "direct"_a)
+        .def("stats", &stats_of)
+        .def_prop_ro("resident_bytes", &ExpertStore::resident_bytes)
+        .def_prop_ro("failed", &ExpertStore::failed)
+        .def_prop_ro("deleted", &ExpertStore::deleted)
+        .def_prop_ro("direct", &ExpertStore::direct)
+        .def_prop_ro("claimed", &ExpertStore::claimed)
+        .def("take_error", &ExpertStore::take_error, nb::call_guard<nb::gil_scoped_release>())
+        .def("prefetch", [](ExpertStore & self, int layer, const std::vector<int32_t> & experts, int limit) {
+            if (layer < 0 || layer >= self.params().layers) throw std::invalid_argument("no such layer");
+            for (const int32_t e : experts)
+                if (e < 0 || e >= self.params().experts) throw std::invalid_argument("no such expert");
+            self.prefetch(layer, experts.data(), experts.size(), limit);
+        }, "layer"_a, "experts"_a, "limit"_a)
+        .def("fetch", &fetch, "name"_a, "experts"_a);
+    m.def("set_expert_store", &set_expert_store, "store"_a.none(),
+          "Where the expert tensors of models that this thread loads from now on lie; None: in memory.");
+}
+
+}  // namespace edgellm

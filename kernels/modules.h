@@ -1,0 +1,11 @@
+// The parts of edgellm._kernels, each bound in a file of its own.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace edgellm {
+
+void bind_experts(nanobind::module_ & m);    // experts_module.cpp
+void bind_residency(nanobind::module_ & m);  // residency_module.cpp
+
+}  // namespace edgellm

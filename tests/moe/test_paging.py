@@ -1,0 +1,118 @@
+"""Models whose experts are paged compute what they compute with all experts in memory, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from edgellm.backend.batch import Batch
+from edgellm.backend.context import Context, ContextParams
+from edgellm.backend.model import Model
+from edgellm.moe.layout import ExpertLayout, read_layout
+from edgellm.moe.pager import load_paged
+from tests.support.moe_traits import ARCHITECTURES
+from tests.support.tiny_moe import write_tiny_moe
+
+Logits = npt.NDArray[np.float32]
+PROMPT, STEPS = 24, 8
+
+
+def layout_of(path: Path, *, packed: bool = True) -> ExpertLayout:
+    layout = read_layout(path, packed=packed)
+    assert layout is not None
+    return layout
+
+
+def run(model: Model) -> Logits:
+    """Logits, (rows, vocabulary), of two prompts read together, and of steps of both and of one; closes the model."""
+    context = Context(model, ContextParams(512, sequences=4, batch_tokens=64, outputs=64, threads=2))
+    batch, rows = Batch(64), []
+    tokens = [int(token) for token in np.random.default_rng(0).integers(0, 250, 2 * (PROMPT + STEPS))]
+    batch.extend(tokens[:PROMPT], 0, 0, outputs=PROMPT)
+    batch.extend(tokens[PROMPT : 2 * PROMPT], 0, 1, outputs=PROMPT)
+    context.decode(batch)
+    rows += [context.logits(row).copy() for row in range(2 * PROMPT)]
+    positions = [PROMPT, PROMPT]
+    for step in range(STEPS):
+        batch.clear()
+        for sequence in range(1 + step % 2):
+            batch.extend([tokens[-1 - step - sequence]], positions[sequence], sequence, outputs=1)
+            positions[sequence] += 1
+        context.decode(batch)
+        rows += [context.logits(row).copy() for row in range(1 + step % 2)]
+    context.close()
+    model.close()
+    return np.array(rows)
+
+
+def budgets(layout: ExpertLayout) -> list[int]:
+    """All experts, half of them, a few, and the least there is."""
+    span = layout.whole_bytes - layout.least_bytes
+    return [layout.whole_bytes, layout.least_bytes + span // 2, layout.least_bytes + span // 9, layout.least_bytes]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_budget_gives_the_same_logits(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", architecture, weights="q4_k")
+    layout = layout_of(path)
+    whole, *less = [run(load_paged(layout, budget, tmp_path)) for budget in budgets(layout)]
+    assert np.isfinite(whole).all()
+    for logits in less:
+        assert np.array_equal(logits, whole)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_unpacked_experts_give_llama_cpps_own_logits(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", architecture, weights="f32")
+    layout = layout_of(path, packed=False)
+    expected = run(Model(path, mapped=False))
+    for budget in budgets(layout):
+        assert np.array_equal(run(load_paged(layout, budget, tmp_path, packed=False)), expected)
+
+
+@pytest.mark.parametrize("architecture", [name for name, traits in ARCHITECTURES.items() if traits.gate_up == "either"])
+def test_merged_gate_and_up(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", architecture, weights="f32", merged=True)
+    layout = layout_of(path)
+    assert len(layout.slices) == 2 * layout.layers
+    expected = run(Model(path, mapped=False))
+    assert np.array_equal(run(load_paged(layout, layout.least_bytes, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("weights", ["q4_0", "q5_1", "q8_0", "q6_k", "q3_k", "f16", "bf16"])
+def test_types(weights: str, tmp_path: Path) -> None:
+    """Those that are packed, and those that are multiplied as llama.cpp does."""
+    path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe", weights=weights)
+    layout = layout_of(path)
+    whole, *less = [run(load_paged(layout, budget, tmp_path)) for budget in budgets(layout)]
+    for logits in less:
+        assert np.array_equal(logits, whole)
+    own = run(Model(path, mapped=False, packed=True))  # experts in memory, in llama.cpp's layout
+    assert np.median(np.abs(own - whole).max(axis=1)) < 0.5  # of logits whose standard deviation is 3
+
+
+def test_experts_are_read_when_they_are_needed(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe")
+    layout = layout_of(path)
+    model = load_paged(layout, layout.least_bytes + (layout.whole_bytes - layout.least_bytes) // 2, tmp_path)
+    store = model.experts
+    assert store is not None
+    assert store.stats.reads == 0
+    context = Context(model, ContextParams(64, sequences=1, batch_tokens=8, outputs=8, threads=2))
+    batch = Batch(8)
+    for position in range(20):
+        batch.clear()
+        batch.extend([7 * position % 250], position, 0, outputs=1)
+        context.decode(batch)
+    stats = store.stats
+    context.close()
+    model.close()
+    assert stats.visits == 20 * layout.layers
+    assert stats.needed == stats.visits * 2
+    assert stats.needed == stats.hits + stats.loads + stats.streamed
+    assert 0 < stats.hits < stats.needed
+    assert stats.reads == 3 * (stats.loads + stats.streamed)
+    assert stats.bytes == stats.reads * layout.read_bytes[0] // 3
