@@ -18,6 +18,7 @@ namespace edgellm {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMostAhead = 64;  // matrices that wait to be read ahead
 
 size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -91,6 +92,7 @@ ExpertStore::~ExpertStore() { close_all(); }
 
 void ExpertStore::lay_out() {
     layers_.resize(static_cast<size_t>(params_.layers));
+    counts_.assign(layers_.size() * static_cast<size_t>(params_.experts), 0);
     pools_.resize(params_.slots.size());
     size_t largest = 0;
     for (ExpertSlice & slice : params_.slices) {
@@ -241,6 +243,7 @@ void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts
     drop_stale(layer_, experts, n);
     stats_.visits += 1;
     stats_.needed += n;
+    for (size_t i = 0; i < n; ++i) ++counts_[layer * static_cast<size_t>(params_.experts) + static_cast<size_t>(experts[i])];
     const std::vector<Residency::Load> & loads = residency_->visit(layer_, experts, n);
     stats_.loads += loads.size();
     for (const Residency::Load & load : loads) occupy(pool, load, layer_, false);
@@ -274,6 +277,16 @@ void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int lim
         for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)]) request(*slice, load.expert, load.slot, false);
     }
     if (!loads.empty()) work_.notify_all();
+}
+
+bool ExpertStore::idle() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return ahead_.size() < kMostAhead;
+}
+
+void ExpertStore::log(int distance, int layer, int token, const int32_t * experts, int n) {
+    log_.insert(log_.end(), {distance, layer, token, n});
+    log_.insert(log_.end(), experts, experts + n);
 }
 
 // The layer's turn has come: what was to be read ahead for it, is not needed, and has not begun, is not read.
@@ -369,6 +382,16 @@ std::string ExpertStore::take_error() {
 ExpertStats ExpertStore::stats() {
     std::lock_guard<std::mutex> lock(mutex_);
     return stats_;
+}
+
+uint64_t ExpertStore::reads() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return stats_.reads;
+}
+
+std::vector<uint32_t> ExpertStore::counts() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return counts_;
 }
 
 size_t ExpertStore::resident_bytes() {

@@ -22,6 +22,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "lookahead.h"
 #include "residency.h"
 
 namespace edgellm {
@@ -101,6 +102,20 @@ class ExpertStore {
     // Whether `begin` was the first of a layer's visit.
     bool fresh_visit() const { return fresh_; }
 
+    // What is known of the routers; nullptr: nothing is read ahead.
+    Lookahead * lookahead() { return lookahead_.get(); }
+    void set_lookahead(std::unique_ptr<Lookahead> lookahead) { lookahead_ = std::move(lookahead); }
+    // Whether to read ahead, and whether to keep a log of what was chosen and foreseen. Between steps.
+    void set_ahead(bool on) { ahead_on_ = on; }
+    bool ahead_on() const { return ahead_on_; }
+    void set_log(bool on) { log_on_ = on; }
+    bool log_on() const { return log_on_; }
+    // Appends to the log: (distance, or -1 for what the router chose), layer, token, how many, experts.
+    void log(int distance, int layer, int token, const int32_t * experts, int n);
+    std::vector<int32_t> take_log() { return std::move(log_); }
+    // Whether more may be read ahead: the readers have little to do.
+    bool idle();
+
     // --- any thread
     // Waits for a matrix. False if it cannot be read; `counts`: the time is a stall.
     bool wait(const Task & task, bool counts);
@@ -110,6 +125,8 @@ class ExpertStore {
     std::string take_error();
 
     ExpertStats stats();
+    uint64_t reads();                 // stats().reads
+    std::vector<uint32_t> counts();   // (layers, experts): visits that needed each
     size_t resident_bytes();
     bool deleted() const { return deleted_.load(std::memory_order_relaxed); }
     bool direct() const { return direct_; }
@@ -177,8 +194,12 @@ class ExpertStore {
     int waiting_ = 0, streaming_reads_ = 0;
     bool stop_ = false;
     std::unique_ptr<Residency> residency_;
+    std::unique_ptr<Lookahead> lookahead_;
+    bool ahead_on_ = false, log_on_ = false;
+    std::vector<int32_t> log_;
     std::deque<Job> urgent_, ahead_;
     ExpertStats stats_{};
+    std::vector<uint32_t> counts_;
     std::string error_;
     std::atomic<bool> failed_{false}, deleted_{false};
     std::vector<std::thread> readers_;

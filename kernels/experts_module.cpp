@@ -1,9 +1,12 @@
 // edgellm._kernels.ExpertStore: experts paged from flash, as Python sees them.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "expert_buffer.h"
@@ -23,6 +26,11 @@ void make_store(ExpertStore * self, int layers, int experts, const std::vector<E
     if (layers <= 0 || experts <= 0 || readers <= 0) throw std::invalid_argument("layers, experts and readers are positive");
     if (pools.size() != static_cast<size_t>(layers)) throw std::invalid_argument("every layer has a pool");
     new (self) ExpertStore({layers, experts, slices, files, pools, slots, stream_bytes, readers, direct});
+}
+
+template <class T> nb::ndarray<nb::numpy, T, nb::ndim<1>> owned(std::vector<T> * data) {
+    nb::capsule owner(data, [](void * p) noexcept { delete static_cast<std::vector<T> *>(p); });
+    return nb::ndarray<nb::numpy, T, nb::ndim<1>>(data->data(), {data->size()}, owner);
 }
 
 nb::dict stats_of(ExpertStore & self) {
@@ -62,6 +70,23 @@ nb::list fetch(ExpertStore & self, const std::string & name, const std::vector<i
     return found;
 }
 
+using Weights = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using RouterParts = std::tuple<Weights, Weights, Weights, bool>;
+
+void set_routers(ExpertStore & self, const std::vector<RouterParts> & parts, int used, size_t width) {
+    const auto experts = static_cast<size_t>(self.params().experts);
+    if (parts.size() != static_cast<size_t>(self.params().layers)) throw std::invalid_argument("every layer has a router");
+    if (used <= 0 || static_cast<size_t>(used) > experts) throw std::invalid_argument("no layer uses so many experts");
+    const auto copied = [](const Weights & a, size_t size) {
+        if (a.size() != 0 && a.size() != size) throw std::invalid_argument("a router has another shape");
+        return std::vector<float>(a.data(), a.data() + a.size());
+    };
+    std::vector<Router> routers;
+    for (const auto & [weights, bias, selection, sigmoid] : parts)
+        routers.push_back({copied(weights, experts * width), copied(bias, experts), copied(selection, experts), sigmoid});
+    self.set_lookahead(std::make_unique<Lookahead>(self.params().experts, used, width, std::move(routers)));
+}
+
 }  // namespace
 
 void bind_experts(nb::module_ & m) {
@@ -87,6 +112,13 @@ void bind_experts(nb::module_ & m) {
                 if (e < 0 || e >= self.params().experts) throw std::invalid_argument("no such expert");
             self.prefetch(layer, experts.data(), experts.size(), limit);
         }, "layer"_a, "experts"_a, "limit"_a)
+        .def("set_routers", &set_routers, "routers"_a, "used"_a, "width"_a,
+             "Routers as (weights, bias, selection bias, sigmoid), one for each layer; weights of no size: not known.")
+        .def("set_ahead", &ExpertStore::set_ahead, "on"_a, "Whether experts are read ahead, from the next step on.")
+        .def("set_log", &ExpertStore::set_log, "on"_a)
+        .def("take_log", [](ExpertStore & self) { return owned(new std::vector<int32_t>(self.take_log())); })
+        .def("counts", [](ExpertStore & self) { return owned(new std::vector<uint32_t>(self.counts())); })
+        .def_prop_ro("reads", &ExpertStore::reads)
         .def("fetch", &fetch, "name"_a, "experts"_a);
     m.def("set_expert_store", &set_expert_store, "store"_a.none(),
           "Where the expert tensors of models that this thread loads from now on lie; None: in memory.");

@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgellm.engine.types import Usage
+from edgellm.moe.pager import PagerSnapshot
+from serving.expert_metrics import expert_families
 
 MODELS_MAX = 64
 """Models with labels of their own; more share the label "other"."""
@@ -45,6 +47,7 @@ class ModelSnapshot:
     preemptions: int
     step_seconds: float
     decode_seconds: float
+    experts: PagerSnapshot | None = None  # of a model whose experts are paged
 
 
 Snapshot = Callable[[], Iterable[ModelSnapshot]]
@@ -86,6 +89,7 @@ class _EngineCollector(Collector):
             for model in models:
                 counter.add_metric([model.model], total(model))
             yield counter
+        yield from expert_families([(model.model, model.experts) for model in models if model.experts is not None])
 
 
 class ModelMetrics:

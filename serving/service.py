@@ -280,6 +280,7 @@ class Service:
                 preemptions=runner.stats.preemptions,
                 step_seconds=runner.stats.step_seconds,
                 decode_seconds=runner.stats.decode_seconds,
+                experts=runner.pager.snapshot() if runner.pager is not None else None,
             )
 
 

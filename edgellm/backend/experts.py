@@ -12,10 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from edgellm import _kernels
 from edgellm.backend.host import UnknownLibraryError, connect_host
 from edgellm.backend.packing import packable_types, packing_kernels
 from edgellm.errors import ModelLoadError, ModelUnsupportedError
+
+Counts = npt.NDArray[np.uint32]
+Floats = npt.NDArray[np.float32]
+RouterArrays = tuple[Floats, Floats, Floats, bool]
 
 READERS = 4
 """Threads that read: what keeps a disk busy, at little cost while they wait."""
@@ -125,7 +132,8 @@ class ExpertStore:
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelLoadError(f"the experts cannot be paged: {error}") from None
-        self._tensors = len(slices)
+        self.slots = tuple(slots)
+        self._tensors, self._layers = len(slices), len(pools)
 
     @property
     def native(self) -> _kernels.ExpertStore:
@@ -160,6 +168,42 @@ class ExpertStore:
     @property
     def stats(self) -> ExpertStats:
         return ExpertStats(**self.native.stats())
+
+    @property
+    def reads(self) -> int:
+        """`stats.reads`, for less."""
+        return self.native.reads
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the slots that hold an expert."""
+        return self.native.resident_bytes
+
+    def read_ahead(self, on: bool) -> None:
+        """Whether steps read the experts that look-ahead foresees. Between steps."""
+        self.native.set_ahead(on)
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Reads these experts, the first of them first, while there is nothing more urgent to read."""
+        self.native.prefetch(layer, list(experts), len(experts))
+
+    def counts(self) -> Counts:
+        """(layers, experts): in how many steps each was needed."""
+        return self.native.counts().reshape(self._layers, -1)
+
+    def set_routers(self, routers: Sequence[RouterArrays], used: int, width: int) -> None:
+        """What look-ahead needs: each layer's (weights, bias, selection bias, sigmoid), for `used` experts a token and
+        router inputs of (width,). Arrays of no size: there is none."""
+        self.native.set_routers(list(routers), used, width)
+
+    def log_routes(self, on: bool) -> None:
+        """Whether what routers choose, and what look-ahead foresees, is kept until `take_log`. Between steps."""
+        self.native.set_log(on)
+
+    def take_log(self) -> npt.NDArray[np.int32]:
+        """(numbers,): records of distance, layer, token, count and so many experts; distance -1 is the router's choice,
+        0, 1 and 2 what the routers of this and the next two layers choose from this layer's input."""
+        return self.native.take_log()
 
     def close(self) -> None:
         """Stops the readers and frees the memory. Idempotent."""

@@ -20,7 +20,9 @@ from edgellm.engine.threads import default_threads
 from edgellm.errors import ModelUnsupportedError
 from edgellm.models.describe import ModelInfo
 from edgellm.models.memory import MemoryEstimate, available_memory_bytes
-from edgellm.moe.pager import load_paged
+from edgellm.moe.layout import ExpertLayout
+from edgellm.moe.pager import Pager, load_paged
+from edgellm.moe.skeleton import PROFILE_NAME
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,13 @@ def load_runner(info: ModelInfo, settings: Settings, memory: MemoryEstimate | No
         batch_tokens=BATCH_TOKENS,
         prompt_chunk_tokens=min(settings.prompt_chunk_tokens, BATCH_TOKENS),
     )
-    return Runner(model, context, limits, cache)
+    return Runner(model, context, limits, cache, pager=_pager(model, layout))
+
+
+def _pager(model: Model, layout: ExpertLayout | None) -> Pager | None:
+    if layout is None or model.experts is None:
+        return None
+    return Pager(model.experts, layout, model.path.with_name(PROFILE_NAME))
 
 
 def _worth_packing(info: ModelInfo, settings: Settings) -> bool:

@@ -24,6 +24,7 @@ from edgellm.engine.plan import Share, choose_adapters, plan_step
 from edgellm.engine.sequence import Answer, Job, Proposer
 from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
 from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError, ModelUnsupportedError
+from edgellm.moe.pager import Pager
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Runner:
         cache: PrefixCache,
         *,
         proposer: Proposer | None = None,
+        pager: Pager | None = None,
     ) -> None:
         self.model = model
         self.context = context
@@ -72,6 +74,7 @@ class Runner:
         self.stats = RunnerStats()
         self.adapters: dict[str, Adapter] = {}
         self._proposer = proposer if model.can_roll_back else None
+        self.pager = pager
         self._batch = Batch(limits.batch_tokens)
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []  # in order of arrival
@@ -270,7 +273,10 @@ class Runner:
                 self.stats.prompt_tokens += share.count
         started = time.perf_counter()
         self.context.decode(batch)
-        self.stats.decode_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.stats.decode_seconds += seconds
+        if self.pager is not None:
+            self.pager.after_step(seconds, batch.n_tokens)
 
     def _collect(self, shares: Sequence[Share]) -> None:
         row = 0
@@ -403,6 +409,8 @@ class Runner:
         for adapter in self.adapters.values():
             adapter.close()
         self.context.close()
+        if self.pager is not None:
+            self.pager.save()
         self.model.close()
 
     @staticmethod

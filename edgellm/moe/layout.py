@@ -15,7 +15,7 @@ from edgellm.models.split import split_headers
 
 _SEPARATE = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.\d+\.weight")  # Mixtral files of 2023
 _ORDER = ("gate_up", "up", "gate", "down")  # in which llama.cpp multiplies by them
-_STREAM_SHARE = 8  # the streaming area takes at most this part of a budget, beyond the least
+_STREAM_SHARE = 16  # the streaming area takes at most this part of a budget, beyond the least
 _STREAM_BYTES = 32 << 20  # and at most this: what keeps several reads going
 _MIB = 1 << 20
 

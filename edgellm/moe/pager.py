@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
-from edgellm.backend.experts import ExpertStore
+from edgellm.backend.experts import ExpertStats, ExpertStore
 from edgellm.backend.model import Model
+from edgellm.errors import ModelLoadError
 from edgellm.moe.layout import ExpertLayout, plan_experts
+from edgellm.moe.pricing import PrefetchPrice
+from edgellm.moe.profile import hottest, read_profile, write_profile
+from edgellm.moe.routers import read_routers, router_width
 from edgellm.moe.skeleton import skeleton_of
 
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
+_SAVE_STEPS = 1000
 
 
 def load_paged(layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: bool = True) -> Model:
@@ -36,6 +42,10 @@ def load_paged(layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: b
         store.close()
         raise
     model = Model(path, mapped=False, packed=packed, experts=store)
+    routers = read_routers(layout)
+    if (width := router_width(routers)) and layout.experts_used:
+        parts = [(router.weights, router.bias, router.selection_bias, router.sigmoid) for router in routers]
+        store.set_routers(parts, layout.experts_used, width)
     held, all_experts = sum(plan.slots), layout.layers * layout.experts
     _log.info(
         "%s: %d of %d experts stay in memory (%d MiB)%s",
@@ -46,3 +56,66 @@ def load_paged(layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: b
         "" if store.direct else "; the file system has no unbuffered reads",
     )
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class PagerSnapshot:
+    """A pager at one moment."""
+
+    slots: int  # experts that memory has room for
+    experts: int  # there are
+    resident_bytes: int
+    ahead: bool  # whether experts are read ahead
+    stats: ExpertStats
+
+
+class Pager:
+    """Attends to a paged model while it runs: what is read ahead, and the profile of its routing. On one thread."""
+
+    def __init__(self, store: ExpertStore, layout: ExpertLayout, profile: Path) -> None:
+        """Begins to fill free slots with the experts that `profile`, a file that need not be there, says are hot."""
+        self.store = store
+        self.price = PrefetchPrice()
+        self._layout = layout
+        self._profile = profile
+        self._before = read_profile(profile, layout)
+        self._reads = self._steps = 0
+        self._warned = False
+        store.read_ahead(self.price.on)
+        self._fill()
+
+    def _fill(self) -> None:
+        for layer, experts in enumerate(hottest(self._before, self._layout, self.store.slots)):
+            self.store.prefetch(layer, experts)
+
+    def after_step(self, seconds: float, rows: int) -> None:
+        """A step of `rows` rows took `seconds`."""
+        reads = self.store.reads
+        before = self.price.on
+        self.price.observe(seconds, rows, reads - self._reads)
+        self._reads = reads
+        if self.price.on != before:
+            self.store.read_ahead(self.price.on)
+        self._steps += 1
+        if self._steps % _SAVE_STEPS == 0:
+            self.save()
+        if self.store.deleted and not self._warned:
+            self._warned = True
+            _log.warning("%s was deleted; it is served from what is still there of it", self._layout.files[0])
+
+    def snapshot(self) -> PagerSnapshot | None:
+        """What metrics show; None if the store was closed. From any thread."""
+        try:
+            return PagerSnapshot(
+                slots=sum(self.store.slots),
+                experts=self._layout.layers * self._layout.experts,
+                resident_bytes=self.store.resident_bytes,
+                ahead=self.price.on,
+                stats=self.store.stats,
+            )
+        except ModelLoadError:
+            return None
+
+    def save(self) -> None:
+        """Writes the profile: what was there, and what was needed since. A failure is logged."""
+        write_profile(self._profile, self._before + self.store.counts())

@@ -21,6 +21,8 @@ from edgellm.models.describe import STACKED_EXPERTS
 from edgellm.models.gguf import GGUFHeader, read_header
 from edgellm.models.split import split_headers
 
+PROFILE_NAME = "routing.npy"
+
 _log = logging.getLogger(__name__)
 _CHUNK_BYTES = 8 << 20
 _SPARE_BYTES = 64 << 20  # of disk that is left free
@@ -43,6 +45,12 @@ def skeleton_of(path: Path, home: Path) -> Path:
             f"{path.name}: its dense part cannot be copied to {folder.parent}: {error.strerror or error}"
         ) from None
     return first
+
+
+def profile_path(path: Path, home: Path) -> Path:
+    """Where the routing profile of the model at `path` is kept."""
+    headers = split_headers(read_header(path))
+    return home / "experts" / f"{path.stem}-{_fingerprint(headers)}" / PROFILE_NAME
 
 
 def skeleton_bytes(path: Path) -> int:

@@ -10,6 +10,7 @@ import typer
 from edgellm import __version__
 from edgellm.config import load_settings
 from serving.cli.models import models_app
+from serving.cli.moe import moe_app
 from serving.cli.options import setting
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models_app, name="models")
+app.add_typer(moe_app, name="moe")
 
 _Texts = list[str] | None
 
