@@ -16,6 +16,7 @@ EdgeLLMError
 │   ├── ModelLoadError             llama.cpp could not load it
 │   ├── ModelTooLargeError         does not fit the memory budget; carries the numbers
 │   └── PullError                  a download failed
+├── InvalidTraceError              a file of routing traces (mixture of experts) is unsound
 ├── AdapterError                   a LoRA adapter is unsound or does not fit the model
 ├── OverloadedError                the queue is full; try again after `retry_after_s`
 ├── ShuttingDownError              the server is on its way out
@@ -117,6 +118,10 @@ class ModelTooLargeError(ModelError):
 
 class PullError(ModelError):
     """A download failed; what had arrived is kept for the next try, or removed if it is unusable."""
+
+
+class InvalidTraceError(EdgeLLMError):
+    """A routing trace, or a table learned from one, that cannot be used."""
 
 
 class AdapterError(EdgeLLMError):

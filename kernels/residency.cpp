@@ -14,7 +14,7 @@ constexpr double kRates[] = {0.7, 0.125, 0.01};
 constexpr double kWeights[] = {0.25, 0.25, 0.5};
 constexpr double kStartVisits = 2.0;
 constexpr double kFloor = 0.05;
-constexpr double kLeast = 0.001;
+constexpr double kLeast = 0.001, kPredictedLeast = 0.05;
 constexpr double kPredictedUsed = 80.0, kOthersUsed = 1.0, kPriorExperts = 100.0;
 constexpr double kEvidenceLoss = 1.0 / 1024.0;
 constexpr double kFree = -std::numeric_limits<double>::infinity();
@@ -215,7 +215,7 @@ void Residency::estimate(int layer) {
     if (predicted)
         for (const int32_t expert : predicted_[l]) {
             const size_t number = first + static_cast<size_t>(expert);
-            due_[number] = coming + (1.0 - likely) / std::max(probability(number, floor), kLeast) * cycle;
+            due_[number] = coming + (1.0 - likely) / std::max(probability(number, floor), kPredictedLeast) * cycle;
         }
     Pool & pool = pools_[static_cast<size_t>(pool_of_[l])];
     for (size_t number = first; number < last; ++number)

@@ -29,6 +29,8 @@ START_VISITS = 2.0
 FLOOR = 0.05
 # The least p, so that no expert is due after the end of days.
 LEAST = 0.001
+# The same for predicted experts: one that may be needed in a moment is kept even if it would not be for long.
+PREDICTED_LEAST = 0.05
 # How much of what look-ahead promised came true, before it was seen: used ones of 100 predicted, and of 100 others.
 PREDICTED_USED = 80.0
 OTHERS_USED = 1.0
@@ -215,7 +217,7 @@ class Residency:
             self._due[number] = coming + (1.0 - (p if predicted is None else unlikely)) / max(p, LEAST) * cycle
         for expert in predicted or ():
             p = self._probability(first + expert, floor)
-            self._due[first + expert] = coming + (1.0 - likely) / max(p, LEAST) * cycle
+            self._due[first + expert] = coming + (1.0 - likely) / max(p, PREDICTED_LEAST) * cycle
 
     def _victims(self, pool: int, count: int) -> list[int]:
         """At most `count` slots whose experts may be evicted, the furthest due first, of equal ones the first slot."""
