@@ -95,13 +95,14 @@ int32_t id_at(const Tensor * ids, int64_t k, int64_t token) {
 }
 
 // Sorts the rows by expert. False if the ids make no sense.
-bool gather(const Tensor * op, Plan & plan, bool tiled) {
+bool gather(const Tensor * op, Plan & plan, bool tiled, const int32_t * route) {
     const Tensor * ids = op->src[2];
+    const auto id_of = [&](int64_t k, int64_t token) { return route != nullptr ? route[k] : id_at(ids, k, token); };
     const auto experts = static_cast<int32_t>(op->src[0]->ne[2]);
     plan.starts.assign(static_cast<size_t>(experts) + 1, 0);
     for (int64_t token = 0; token < ids->ne[1]; ++token)
         for (int64_t k = 0; k < ids->ne[0]; ++k) {
-            const int32_t id = id_at(ids, k, token);
+            const int32_t id = id_of(k, token);
             if (id < 0 || id >= experts) return false;
             ++plan.starts[static_cast<size_t>(id) + 1];
         }
@@ -114,7 +115,7 @@ bool gather(const Tensor * op, Plan & plan, bool tiled) {
     std::vector<int32_t> at(plan.starts.begin(), plan.starts.end() - 1);
     for (int64_t token = 0; token < ids->ne[1]; ++token)
         for (int64_t k = 0; k < ids->ne[0]; ++k)
-            plan.rows[static_cast<size_t>(at[static_cast<size_t>(id_at(ids, k, token))]++)] = {static_cast<int32_t>(k),
+            plan.rows[static_cast<size_t>(at[static_cast<size_t>(id_of(k, token))]++)] = {static_cast<int32_t>(k),
                                                                                           static_cast<int32_t>(token)};
     plan.tiles.clear();
     plan.tile_starts.assign(static_cast<size_t>(experts) + 1, 0);
@@ -171,7 +172,7 @@ class Traits final : public TensorTraits {
         ExpertStore & store = *space.store;
         Plan & plan = space.plan;
         if (first) {
-            if (gather(op, plan, slice.packed))
+            if (gather(op, plan, slice.packed, store.route(slice.layer, static_cast<size_t>(op->src[2]->ne[0]))))
                 store.begin(slice, plan.needed.data(), plan.needed.size());
             else
                 store.fail("the router chose experts that do not exist");
@@ -232,6 +233,8 @@ class Traits final : public TensorTraits {
             ahead = nullptr;  // not the router's input
         if (store.log_on()) write_log(op, slice, store, ahead);
         if (!store.ahead_on() || ahead == nullptr || slice.layer + 1 >= store.params().layers || !store.idle()) return;
+        if (const int32_t * known = store.foreseen(slice.layer + 1, static_cast<size_t>(ids->ne[0])))
+            return store.prefetch(slice.layer + 1, known, static_cast<size_t>(ids->ne[0]), static_cast<int>(ids->ne[0]));
         if (!ahead->trusted(slice.layer)) {
             plan.chosen.resize(static_cast<size_t>(ids->ne[0]));
             for (int64_t k = 0; k < ids->ne[0]; ++k) plan.chosen[static_cast<size_t>(k)] = id_at(ids, k, 0);

@@ -213,6 +213,10 @@ bool ExpertStore::next() {
     if (!more()) return false;
     std::lock_guard<std::mutex> lock(mutex_);
     tasks_.clear();
+    if (failed()) {  // nobody has waited for the last wave: its cells may still be written to
+        streamed_at_ = streamed_.size();
+        return true;
+    }
     if (streamed_at_ >= half_) stream_half();  // into the half that the last wave has left
     const size_t end = std::min(streamed_at_ + half_, streamed_.size());
     for (; streamed_at_ < end; ++streamed_at_) {
@@ -282,6 +286,14 @@ void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int lim
 bool ExpertStore::idle() {
     std::lock_guard<std::mutex> lock(mutex_);
     return ahead_.size() < kMostAhead;
+}
+
+void ExpertStore::set_route(std::vector<int32_t> route, std::vector<int32_t> foreseen) {
+    const auto out_of_range = [&](int32_t e) { return e < 0 || e >= params_.experts; };
+    if (std::any_of(route.begin(), route.end(), out_of_range) || std::any_of(foreseen.begin(), foreseen.end(), out_of_range))
+        throw std::invalid_argument("no such expert");
+    route_ = std::move(route);
+    foreseen_ = std::move(foreseen);
 }
 
 void ExpertStore::log(int distance, int layer, int token, const int32_t * experts, int n) {

@@ -113,6 +113,11 @@ class ExpertStore {
     // Appends to the log: (distance, or -1 for what the router chose), layer, token, how many, experts.
     void log(int distance, int layer, int token, const int32_t * experts, int n);
     std::vector<int32_t> take_log() { return std::move(log_); }
+    // For benchmarks: these experts, (layers, used), in place of the routers' choice, and what look-ahead is to foresee,
+    // the same shape or empty. Empty routes: the routers choose. Between steps.
+    void set_route(std::vector<int32_t> route, std::vector<int32_t> foreseen);
+    const int32_t * route(int layer, size_t used) const { return row_of(route_, layer, used); }
+    const int32_t * foreseen(int layer, size_t used) const { return row_of(foreseen_, layer, used); }
     // Whether more may be read ahead: the readers have little to do.
     bool idle();
 
@@ -161,6 +166,10 @@ class ExpertStore {
         int32_t place;  // a slot; ~cell for a cell of the streaming area
     };
 
+    static const int32_t * row_of(const std::vector<int32_t> & rows, int layer, size_t used) {
+        const size_t end = (static_cast<size_t>(layer) + 1) * used;
+        return end <= rows.size() ? rows.data() + end - used : nullptr;
+    }
     void lay_out();
     void open_files();
     void close_all() noexcept;
@@ -196,7 +205,7 @@ class ExpertStore {
     std::unique_ptr<Residency> residency_;
     std::unique_ptr<Lookahead> lookahead_;
     bool ahead_on_ = false, log_on_ = false;
-    std::vector<int32_t> log_;
+    std::vector<int32_t> log_, route_, foreseen_;
     std::deque<Job> urgent_, ahead_;
     ExpertStats stats_{};
     std::vector<uint32_t> counts_;

@@ -115,6 +115,8 @@ void bind_experts(nb::module_ & m) {
         .def("set_routers", &set_routers, "routers"_a, "used"_a, "width"_a,
              "Routers as (weights, bias, selection bias, sigmoid), one for each layer; weights of no size: not known.")
         .def("set_ahead", &ExpertStore::set_ahead, "on"_a, "Whether experts are read ahead, from the next step on.")
+        .def("set_route", &ExpertStore::set_route, "route"_a, "foreseen"_a,
+             "For benchmarks: experts, (layers * used,), in place of the routers' choice and of look-ahead's.")
         .def("set_log", &ExpertStore::set_log, "on"_a)
         .def("take_log", [](ExpertStore & self) { return owned(new std::vector<int32_t>(self.take_log())); })
         .def("counts", [](ExpertStore & self) { return owned(new std::vector<uint32_t>(self.counts())); })

@@ -196,6 +196,11 @@ class ExpertStore:
         router inputs of (width,). Arrays of no size: there is none."""
         self.native.set_routers(list(routers), used, width)
 
+    def set_route(self, route: Sequence[int], foreseen: Sequence[int] = ()) -> None:
+        """For benchmarks: the next steps use these experts, (layers * used,), in place of what the routers choose, and
+        look-ahead foresees those in `foreseen`. No experts: all as it was. Between steps."""
+        self.native.set_route(list(route), list(foreseen))
+
     def log_routes(self, on: bool) -> None:
         """Whether what routers choose, and what look-ahead foresees, is kept until `take_log`. Between steps."""
         self.native.set_log(on)

@@ -23,7 +23,7 @@ class UnknownLibraryError(Exception):
     """The loaded llama.cpp is not laid out as kernels/ggml_abi.h says."""
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """`ggml_tensor`, as kernels/ggml_abi.h has it."""
 
     _fields_ = (
@@ -95,8 +95,8 @@ def _host(types: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _numbers(ggml: Any) -> dict[str, int]:
-    """Makes tensors with ggml itself, and reads them as `_Tensor`."""
-    tensor = ctypes.POINTER(_Tensor)
+    """Makes tensors with ggml itself, and reads them as `Tensor`."""
+    tensor = ctypes.POINTER(Tensor)
     ggml.ggml_init.argtypes, ggml.ggml_init.restype = (_InitParams,), ctypes.c_void_p
     ggml.ggml_free.argtypes = (ctypes.c_void_p,)
     ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
@@ -118,7 +118,7 @@ def _numbers(ggml: Any) -> dict[str, int]:
         at = ctypes.addressof
         w, p, g = weight.contents, product.contents, looked_up.contents
         _expect(at(rows.contents) - at(w) == ggml.ggml_tensor_overhead(), "the size of a tensor")
-        _expect(ggml.ggml_tensor_overhead() == ctypes.sizeof(_Tensor) + 32, "the size of a tensor")
+        _expect(ggml.ggml_tensor_overhead() == ctypes.sizeof(Tensor) + 32, "the size of a tensor")
         _expect((w.type, *w.ne, *w.nb) == (_Q4_1, 64, 48, 1, 1, 20, 40, 1920, 1920), "the shape of a tensor")
         _expect(w.name == b"weight" and not w.data and not w.view_src, "the name of a tensor")
         _expect((p.type, *p.ne, p.src[0], p.src[1]) == (_F32, 48, 5, 1, 1, at(w), at(rows.contents)), "the product")
