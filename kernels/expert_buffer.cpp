@@ -51,7 +51,7 @@ struct Plan {
     std::vector<Row> rows;
     std::vector<Tile> tiles;
     std::vector<int32_t> tile_starts;
-    std::vector<int32_t> chosen, foreseen;  // of the next layer
+    std::vector<int32_t> chosen, foreseen, ranks;  // of the next layer
     bool usable = false;
 };
 
@@ -250,12 +250,16 @@ class Traits final : public TensorTraits {
                                plan.chosen.data() + token * ahead->used()))
                 return;
         plan.foreseen.clear();
+        plan.ranks.clear();
         for (int k = 0; k < ahead->used(); ++k)
             for (int64_t token = 0; token < tokens; ++token) {
                 const int32_t e = plan.chosen[static_cast<size_t>(token * ahead->used() + k)];
-                if (std::find(plan.foreseen.begin(), plan.foreseen.end(), e) == plan.foreseen.end()) plan.foreseen.push_back(e);
+                if (std::find(plan.foreseen.begin(), plan.foreseen.end(), e) != plan.foreseen.end()) continue;
+                plan.foreseen.push_back(e);
+                plan.ranks.push_back(k);
             }
-        store.prefetch(slice.layer + 1, plan.foreseen.data(), plan.foreseen.size(), static_cast<int>(plan.foreseen.size()));
+        store.prefetch(slice.layer + 1, plan.foreseen.data(), plan.foreseen.size(), static_cast<int>(plan.foreseen.size()),
+                       plan.ranks.data());
     }
 
     // Many tokens need most experts of this layer: those of the next one will be needed, too.

@@ -19,6 +19,9 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMostAhead = 64;  // matrices that wait to be read ahead
+// What was read ahead for a rank: from so many on, this part must have been used; old ones count half after so many; a
+// rank that is not worth it is tried again once in so many times.
+constexpr int32_t kRecordStart = 32, kWorthPercent = 60, kRecordEnd = 512, kRetry = 32;
 
 size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -258,6 +261,7 @@ void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts
         if (content.prefetched) {
             content.prefetched = false;
             ++stats_.prefetch_used;
+            judge(content, true);
         } else {
             ++stats_.hits;
         }
@@ -270,14 +274,22 @@ void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts
             for (const Residency::Load & load : loads) request(*other, load.expert, load.slot, true);
 }
 
-void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int limit) {
+void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int limit, const int32_t * ranks) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (failed()) return;
     const int pool = params_.pools[static_cast<size_t>(layer)];
-    const std::vector<Residency::Load> & loads = residency_->prefetch(layer, experts, n, static_cast<size_t>(limit));
+    worth_.clear();
+    for (size_t i = 0; i < n; ++i)
+        if (ranks == nullptr || residency_->slot_of(layer, experts[i]) >= 0 || worth_reading(ranks[i])) worth_.push_back(experts[i]);
+    const std::vector<Residency::Load> loads = residency_->prefetch(layer, worth_.data(), worth_.size(), static_cast<size_t>(limit));
+    if (worth_.size() < n) residency_->prefetch(layer, experts, n, 0);  // all of them are foreseen, nevertheless
     stats_.prefetched += loads.size();
     for (const Residency::Load & load : loads) {
         occupy(pool, load, layer, true);
+        if (ranks != nullptr) {
+            const auto rank = ranks[std::find(experts, experts + n, load.expert) - experts];
+            pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(load.slot)].rank = static_cast<int16_t>(rank);
+        }
         for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)]) request(*slice, load.expert, load.slot, false);
     }
     if (!loads.empty()) work_.notify_all();
@@ -299,6 +311,26 @@ void ExpertStore::set_route(std::vector<int32_t> route, std::vector<int32_t> for
 void ExpertStore::log(int distance, int layer, int token, const int32_t * experts, int n) {
     log_.insert(log_.end(), {distance, layer, token, n});
     log_.insert(log_.end(), experts, experts + n);
+}
+
+// The first expert that a router names is nearly always right, the last often not, and those that are not in memory are
+// the more doubtful ones: so it is the record of each rank that decides.
+bool ExpertStore::worth_reading(int32_t rank) {
+    if (static_cast<size_t>(rank) >= records_.size()) records_.resize(static_cast<size_t>(rank) + 1);
+    Record & record = records_[static_cast<size_t>(rank)];
+    const int32_t total = record.used + record.wasted;
+    if (total < kRecordStart || record.used * 100 >= total * kWorthPercent) return true;
+    return ++record.skipped % kRetry == 0;
+}
+
+void ExpertStore::judge(const Pool::Slot & content, bool used) {
+    if (content.rank < 0) return;
+    Record & record = records_[static_cast<size_t>(content.rank)];
+    ++(used ? record.used : record.wasted);
+    if (record.used + record.wasted >= kRecordEnd) {
+        record.used /= 2;
+        record.wasted /= 2;
+    }
 }
 
 // The layer's turn has come: what was to be read ahead for it, is not needed, and has not begun, is not read.
@@ -332,7 +364,10 @@ void ExpertStore::drop_stale(int layer, const int32_t * experts, size_t n) {
 void ExpertStore::occupy(int pool, const Residency::Load & load, int layer, bool prefetched) {
     Pool & p = pools_[static_cast<size_t>(pool)];
     Pool::Slot & content = p.content[static_cast<size_t>(load.slot)];
-    if (content.prefetched) ++stats_.prefetch_wasted;
+    if (content.prefetched) {
+        ++stats_.prefetch_wasted;
+        judge(content, false);
+    }
     content = {layer, load.expert, 0, prefetched, false};
     for (int part = 0; part < p.parts; ++part)
         p.states[static_cast<size_t>(load.slot * p.parts + part)].store(State::absent, std::memory_order_relaxed);
@@ -381,9 +416,12 @@ void ExpertStore::fail(const std::string & message) {
 
 std::string ExpertStore::take_error() {
     std::unique_lock<std::mutex> lock(mutex_);
-    // What is still queued for the streaming area belongs to nobody; what is being read there must end first.
-    urgent_.erase(std::remove_if(urgent_.begin(), urgent_.end(), [](const Job & job) { return job.place < 0; }), urgent_.end());
-    arrived_.wait(lock, [&] { return streaming_reads_ == 0; });
+    // Nobody waits for what is still queued, and it would fail for the same reason; what is being read must end first.
+    for (std::deque<Job> * queue : {&urgent_, &ahead_}) {
+        for (const Job & job : *queue) finish(job, State::absent);
+        queue->clear();
+    }
+    arrived_.wait(lock, [&] { return reading_ == 0; });
     std::string message;
     message.swap(error_);
     failed_.store(false, std::memory_order_release);
@@ -430,7 +468,7 @@ void ExpertStore::work() {
         const Job job = queue.front();
         queue.pop_front();
         state(job).store(State::reading, std::memory_order_relaxed);
-        if (job.place < 0) ++streaming_reads_;
+        ++reading_;
         lock.unlock();
         std::string fault;
         const uint64_t started = now_ns();
@@ -445,21 +483,19 @@ void ExpertStore::work() {
             if (error_.empty()) error_ = fault;
             failed_.store(true, std::memory_order_release);
         }
-        finish(job, ok);
-        if (waiting_ > 0 || !ok || job.place < 0) arrived_.notify_all();
+        --reading_;
+        finish(job, ok ? State::ready : State::failed);
+        if (waiting_ > 0 || failed()) arrived_.notify_all();
     }
     free(bounce);
 }
 
-void ExpertStore::finish(const Job & job, bool ok) {
-    state(job).store(ok ? State::ready : State::failed, std::memory_order_release);
-    if (job.place < 0) {
-        --streaming_reads_;
-        return;
-    }
+void ExpertStore::finish(const Job & job, State end) {
+    state(job).store(end, std::memory_order_release);
+    if (job.place < 0) return;
     const int pool = params_.pools[static_cast<size_t>(job.slice->layer)];
     Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(job.place)];
-    content.failed = content.failed || !ok;
+    content.failed = content.failed || end != State::ready;
     if (--content.pending > 0) return;
     residency_->set_busy(pool, job.place, false);
     if (content.failed) {

@@ -97,8 +97,9 @@ class ExpertStore {
     bool next();
     // Whether `next` would make a wave.
     bool more() const { return streamed_at_ < streamed_.size(); }
-    // The coming visit of the layer will likely need these, most likely first: at most `limit` are read ahead.
-    void prefetch(int layer, const int32_t * experts, size_t n, int limit);
+    // The coming visit of the layer will likely need these, most likely first: at most `limit` are read ahead. With
+    // `ranks`, the place of each in the router's order, those of ranks that have mostly been wrong are not read.
+    void prefetch(int layer, const int32_t * experts, size_t n, int limit, const int32_t * ranks = nullptr);
     // Whether `begin` was the first of a layer's visit.
     bool fresh_visit() const { return fresh_; }
 
@@ -152,6 +153,7 @@ class ExpertStore {
             int32_t layer = -1, expert = -1;
             int16_t pending = 0;  // reads that are queued or running
             bool prefetched = false, failed = false;
+            int16_t rank = -1;  // in the prediction that it was read for
         };
         std::vector<Slot> content;
     };
@@ -174,13 +176,15 @@ class ExpertStore {
     void open_files();
     void close_all() noexcept;
     void start_visit(const ExpertSlice & slice, const int32_t * experts, size_t n);
+    bool worth_reading(int32_t rank);
+    void judge(const Pool::Slot & content, bool used);
     void drop_stale(int layer, const int32_t * experts, size_t n);
     void occupy(int pool, const Residency::Load & load, int layer, bool prefetched);
     void request(const ExpertSlice & slice, int32_t expert, int slot, bool urgent);
     void promote(const ExpertSlice & slice, int32_t expert, int slot);
     void stream_half();
     void work();
-    void finish(const Job & job, bool ok);
+    void finish(const Job & job, State end);
     bool read(const Job & job, uint8_t * bounce, std::string & fault);
     uint8_t * address(const Job & job) const;
     std::atomic<State> & state(const Job & job);
@@ -200,14 +204,18 @@ class ExpertStore {
 
     std::mutex mutex_;
     std::condition_variable work_, arrived_;
-    int waiting_ = 0, streaming_reads_ = 0;
+    int waiting_ = 0, reading_ = 0;
     bool stop_ = false;
     std::unique_ptr<Residency> residency_;
     std::unique_ptr<Lookahead> lookahead_;
     bool ahead_on_ = false, log_on_ = false;
-    std::vector<int32_t> log_, route_, foreseen_;
+    std::vector<int32_t> log_, route_, foreseen_, worth_;
     std::deque<Job> urgent_, ahead_;
     ExpertStats stats_{};
+    struct Record {
+        int32_t used = 0, wasted = 0, skipped = 0;
+    };
+    std::vector<Record> records_;  // by rank: what came of reading ahead
     std::vector<uint32_t> counts_;
     std::string error_;
     std::atomic<bool> failed_{false}, deleted_{false};

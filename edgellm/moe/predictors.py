@@ -7,16 +7,12 @@ can be asked at any time.
 
 from __future__ import annotations
 
-import io
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from edgellm.errors import InvalidTraceError
-from edgellm.models.files import write_atomic
 from edgellm.moe.routes import DECODE, Trace
 
 _MAGIC = b"EDGEMOE1"

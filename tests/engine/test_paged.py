@@ -1,0 +1,128 @@
+"""The engine on models whose experts are paged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellm.config import Settings
+from edgellm.engine.fit import memory_for
+from edgellm.engine.loaded import load_runner
+from edgellm.engine.runner import Runner
+from edgellm.engine.types import FinishReason
+from edgellm.errors import ExpertReadError, ModelTooLargeError, ModelUnsupportedError
+from edgellm.models.describe import describe
+from tests.engine.rig import answer, drain, start
+from tests.moe.test_store import unreadable
+from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tiny_moe import write_tiny_moe
+
+CLIENTS, TOKENS = 4, 500
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe", context=4096)
+
+
+def a_paged_runner(path: Path, budget: int | str, **fields: object) -> Runner:
+    settings = Settings(expert_memory_bytes=budget, context_tokens=4096, threads=2, **fields)
+    return load_runner(describe(path), settings)
+
+
+def least(path: Path) -> int:
+    with pytest.raises(ModelTooLargeError) as found:
+        a_paged_runner(path, 1)
+    return found.value.needed_bytes
+
+
+def test_four_clients_at_the_least_budget(path: Path) -> None:
+    """A soak: every step streams nearly all experts; the tokens are those of a run with all experts in memory."""
+    texts = []
+    for budget in (least(path), "auto"):
+        runner = a_paged_runner(path, budget)
+        prompts = [[10 * client + number for number in range(10)] for client in range(CLIENTS)]
+        sinks = [start(runner, prompt, TOKENS)[0] for prompt in prompts]
+        drain(runner)
+        store = runner.model.experts
+        assert store is not None
+        stats = store.stats
+        texts.append([sink.tokens() for sink in sinks])
+        assert [len(tokens) for tokens in texts[-1]] == [TOKENS] * CLIENTS
+        assert all(sink.finish().reason is FinishReason.LENGTH for sink in sinks)
+        assert stats.needed == stats.hits + stats.loads + stats.streamed + stats.prefetch_used
+        assert (stats.streamed == stats.needed) == (budget != "auto")
+        runner.close()
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("budget", ["least", "auto"])
+def test_a_read_error_ends_the_requests_and_not_the_server(path: Path, budget: str) -> None:
+    runner = a_paged_runner(path, least(path) if budget == "least" else "auto")
+    with unreadable(path):
+        sinks = [start(runner, [1, 2, 3, 4], 5)[0] for _ in range(2)]
+        drain(runner)
+        for sink in sinks:
+            assert isinstance(sink.error, ExpertReadError)
+            assert "cannot read expert" in str(sink.error)
+    tokens = answer(runner, [1, 2, 3, 4], 5).tokens()
+    assert runner.stats.failures == 1
+    runner.close()
+    fresh = a_paged_runner(path, "auto")
+    assert answer(fresh, [1, 2, 3, 4], 5).tokens() == tokens
+    fresh.close()
+
+
+def test_a_changed_file_is_told(path: Path) -> None:
+    runner = a_paged_runner(path, least(path))
+    assert answer(runner, [1, 2, 3], 3).tokens()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+    sink = answer(runner, [1, 2, 3, 4], 5)
+    assert "changed while it was in use" in str(sink.error)
+    runner.close()
+
+
+def test_memory_is_planned_with_the_budget(path: Path) -> None:
+    info = describe(path)
+    budget = least(path) + 100_000
+    paged, auto, off = (memory_for(info, Settings(expert_memory_bytes=value)) for value in (budget, "auto", "off"))
+    assert paged.expert_bytes == budget
+    assert off.expert_bytes is None
+    assert off.weights_bytes - paged.weights_bytes == info.expert_bytes
+    assert auto.expert_bytes is not None
+    assert auto.expert_bytes >= info.expert_bytes
+    little = memory_for(info, Settings(), room_bytes=paged.total_bytes - budget + 300_000)
+    assert little.expert_bytes == 300_000
+
+
+def test_the_profile_fills_the_next_start(path: Path, tmp_path: Path) -> None:
+    runner = a_paged_runner(path, "auto")
+    answer(runner, list(range(40)), 5)
+    counts = runner.model.experts.counts() if runner.model.experts else None
+    runner.close()
+    (saved,) = (tmp_path / "state" / "experts").glob("*/routing.npy")
+    assert np.array_equal(np.load(saved), counts)
+    budget = least(path) + 400_000
+    runner = a_paged_runner(path, budget)
+    answer(runner, list(range(40)), 5)
+    store = runner.model.experts
+    assert store is not None
+    assert store.stats.prefetch_used > 0
+    runner.close()
+
+
+def test_files_that_cannot_be_paged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = write_tiny_llama(tmp_path / "dense.gguf")
+    runner = a_paged_runner(dense, 1 << 20)  # has no experts: the setting is for those that have
+    assert runner.pager is None
+    runner.close()
+    moe = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe")
+    monkeypatch.setattr("edgellm.engine.fit.paging_fault", lambda: "it is another one")
+    with pytest.raises(ModelUnsupportedError, match="another one"):
+        a_paged_runner(moe, 1 << 30)
+    runner = a_paged_runner(moe, "auto")
+    assert runner.pager is None
+    runner.close()

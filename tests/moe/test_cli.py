@@ -1,0 +1,112 @@
+"""`edgellm moe`, by its typer application, real files and a real server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from typer.testing import CliRunner
+
+from edgellm.backend.experts import ExpertStats
+from edgellm.config import home_dir
+from edgellm.errors import ConfigError, EdgeLLMError, ModelNotFoundError, ModelUnsupportedError
+from edgellm.moe.layout import read_layout
+from edgellm.moe.pager import PagerSnapshot
+from edgellm.moe.profile import read_profile, write_profile
+from edgellm.moe.skeleton import profile_path
+from serving.cli.moe import moe_app
+from serving.metrics import Metrics, ModelSnapshot
+from tests.serving.live import serve
+from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tiny_moe import write_tiny_moe
+
+STATS = ExpertStats(
+    visits=10, needed=40, hits=30, loads=7, streamed=1, prefetched=5, prefetch_used=2, prefetch_wasted=1,
+    reads=39, bytes=1 << 21, stall_ns=1_500_000_000, read_ns=2_000_000_000,
+)  # fmt: skip
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(moe_app, list(arguments), env={"COLUMNS": "160"})
+    if isinstance(result.exception, EdgeLLMError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_inspect(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe")
+    layout = read_layout(path)
+    assert layout is not None
+    shown = run("inspect", str(path))
+    for part in ("3", "8 in a layer, 2 for each token", "none yet", "24 of 24", "unknown"):
+        assert part in shown
+    counts = read_profile(profile_path(path, home_dir()), layout)
+    counts[:, 0] = 3
+    counts[:, 5] = 1
+    write_profile(profile_path(path, home_dir()), counts)
+    facts = json.loads(run("inspect", str(path), "--json", "--expert-memory", str(layout.whole_bytes)))
+    assert facts["least_budget_bytes"] == layout.least_bytes
+    assert facts["budgets"] == [{"bytes": layout.whole_bytes, "slots": 24, "expected_hit_rate": 1.0}]
+    rates = [row["expected_hit_rate"] for row in json.loads(run("inspect", str(path), "--json"))["budgets"]]
+    assert rates == sorted(rates)
+    assert rates[0] == 0.0
+
+
+def test_inspect_what_it_cannot(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnsupportedError, match="has no experts"):
+        run("inspect", str(write_tiny_llama(tmp_path / "dense.gguf")))
+    with pytest.raises(ModelNotFoundError):
+        run("inspect", str(tmp_path / "nothing.gguf"))
+    path = str(write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe"))
+    with pytest.raises(ConfigError, match="not a size"):
+        run("inspect", path, "--expert-memory", "much")
+    with pytest.raises(ConfigError, match="at least"):
+        run("inspect", path, "--expert-memory", "1k")
+
+
+def _app(paged: bool) -> FastAPI:
+    pager = PagerSnapshot(slots=12, experts=24, resident_bytes=3 << 20, ahead=True, stats=STATS) if paged else None
+    state = ModelSnapshot("tiny", 0, 0, 0, 1, 0, 0, 0, 0.0, 0.0, experts=pager)
+    app = FastAPI()
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        return PlainTextResponse(Metrics(lambda: [state]).render()[0])
+
+    return app
+
+
+def test_stats() -> None:
+    with serve(_app(paged=True)) as port:
+        url = f"http://127.0.0.1:{port}"
+        shown = run("stats", "--url", url)
+        figures = json.loads(run("stats", "--url", url, "--json"))["tiny"]
+    for part in (
+        "tiny",
+        "12 of 24 experts",
+        "30 (75.0%)",
+        "7 kept, 1 streamed",
+        "5, now on",
+        "2 (40.0%)",
+        "2.0 MiB in 39",
+        "1.5 s",
+    ):
+        assert part in shown
+    assert figures["expert_needed"] == 40
+    assert figures["expert_stall_seconds"] == 1.5
+    assert figures["experts"] == 24
+
+
+def test_stats_of_nothing() -> None:
+    with serve(_app(paged=False)) as port:
+        assert "no model with paged experts" in run("stats", "--url", f"http://127.0.0.1:{port}")
+        with pytest.raises(ConfigError, match="status 404"):
+            run("stats", "--url", f"http://127.0.0.1:{port}/elsewhere")
+    with pytest.raises(ConfigError, match="no server answers"):
+        run("stats", "--url", f"http://127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match="no server answers"):
+        run("stats", "--url", "nonsense")

@@ -1,0 +1,196 @@
+"""Experts found in files, budgets split, copies of the dense part, routing profiles."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from edgellm.errors import ModelLoadError, ModelTooLargeError, ModelUnsupportedError
+from edgellm.models.gguf import read_header
+from edgellm.moe import skeleton
+from edgellm.moe.layout import ExpertLayout, plan_experts, read_layout
+from edgellm.moe.pager import load_paged
+from edgellm.moe.profile import expected_hit_rate, hottest, read_profile, write_profile
+from edgellm.moe.skeleton import profile_path, skeleton_bytes, skeleton_of
+from tests.moe.test_paging import run
+from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tiny_moe import write_tiny_moe
+
+
+def layout_of(path: Path) -> ExpertLayout:
+    layout = read_layout(path)
+    assert layout is not None
+    return layout
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_tiny_moe(tmp_path / "moe.gguf", "deepseek", experts=8)
+
+
+def test_what_is_found(path: Path) -> None:
+    layout = layout_of(path)
+    assert layout.blocks == (1, 2, 3)[: layout.layers]  # the first is dense
+    assert (layout.experts, layout.experts_used) == (8, 2)
+    assert [piece.name for piece in layout.slices[:3]] == [
+        f"blk.1.ffn_{part}_exps.weight" for part in ("up", "gate", "down")
+    ]
+    header = read_header(path)
+    stacked = [tensor for tensor in header.tensors if "_exps.weight" in tensor.name]
+    assert layout.all_read_bytes == sum(tensor.n_bytes for tensor in stacked)
+    for piece in layout.slices:
+        (tensor,) = [tensor for tensor in stacked if tensor.name == piece.name]
+        assert piece.offset == header.data_offset + tensor.offset
+        assert piece.n_bytes * 8 == tensor.n_bytes
+
+
+def test_a_dense_model_has_none(tmp_path: Path) -> None:
+    assert read_layout(write_tiny_llama(tmp_path / "dense.gguf")) is None
+
+
+def test_separate_experts_are_refused(tmp_path: Path) -> None:
+    out = gguf.GGUFWriter(str(tmp_path / "old.gguf"), "llama")
+    out.add_tensor("blk.0.ffn_up.3.weight", np.zeros((32, 32), np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    with pytest.raises(ModelUnsupportedError, match=r"stacked.*--expert-memory off"):
+        read_layout(tmp_path / "old.gguf")
+
+
+def test_different_sizes_lie_in_different_pools(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe", weights="q8_0")
+    reader = gguf.GGUFReader(str(path))
+    out = gguf.GGUFWriter(str(tmp_path / "mixed.gguf"), "qwen3moe")
+    for tensor in reader.tensors:
+        if tensor.name == "blk.1.ffn_down_exps.weight":
+            whole = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            out.add_tensor(tensor.name, whole)
+        else:
+            out.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    layout = layout_of(tmp_path / "mixed.gguf")
+    assert layout.pools[0] == layout.pools[2] != layout.pools[1]
+    plan = plan_experts(layout, layout.least_bytes + (layout.whole_bytes - layout.least_bytes) // 2)
+    assert plan.slots[layout.pools[0]] // 2 == pytest.approx(plan.slots[layout.pools[1]], abs=1)
+
+
+def test_a_budget_is_kept(path: Path) -> None:
+    layout = layout_of(path)
+    for budget in range(layout.least_bytes, layout.whole_bytes + 10_000, 7_777):
+        plan = plan_experts(layout, budget)
+        held = sum(slots * size for slots, size in zip(plan.slots, layout.slot_bytes, strict=True))
+        whole = budget >= layout.whole_bytes
+        assert held + layout.reading_bytes + (0 if whole else plan.stream_bytes) <= budget
+        assert whole == (sum(plan.slots) == layout.layers * layout.experts)
+    with pytest.raises(ModelTooLargeError) as found:
+        plan_experts(layout, layout.least_bytes - 1)
+    assert found.value.needed_bytes == layout.least_bytes
+
+
+def test_the_copy_has_holes_in_place_of_experts(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe", experts=32, width=256, expert_width=256)
+    copy = skeleton_of(path, tmp_path / "home")
+    assert copy.name == path.name
+    assert copy.stat().st_size == path.stat().st_size
+    assert copy.stat().st_blocks * 512 < skeleton_bytes(path) + 64 * 4096
+    header, original, sparse = read_header(copy), path.read_bytes(), copy.read_bytes()
+    assert sparse[: header.data_offset] == original[: header.data_offset]
+    for tensor in header.tensors:
+        start = header.data_offset + tensor.offset
+        same = sparse[start : start + tensor.n_bytes] == original[start : start + tensor.n_bytes]
+        assert same == ("_exps.weight" not in tensor.name)
+
+
+def test_the_copy_is_made_once_and_anew_when_the_file_changes(path: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    copy = skeleton_of(path, home)
+    made = copy.stat().st_mtime_ns
+    assert skeleton_of(path, home) == copy
+    assert copy.stat().st_mtime_ns == made
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+    other = skeleton_of(path, home)
+    assert other != copy
+    assert not copy.exists()
+    assert profile_path(path, home).parent == other.parent
+
+
+def test_no_room_for_the_copy(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(skeleton.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(ModelLoadError, match="needs 0 MiB of disk"):
+        skeleton_of(path, tmp_path / "home")
+    assert not list((tmp_path / "home").rglob("*.gguf"))
+
+
+def test_a_home_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(ModelLoadError, match="cannot be copied"):
+        skeleton_of(path, tmp_path / "home")
+
+
+def test_a_split_model(path: Path, tmp_path: Path) -> None:
+    """Experts on both sides of the border."""
+    parts = _split(path, tmp_path / "split")
+    whole, split = layout_of(path), layout_of(parts[0])
+    assert {piece.file for piece in split.slices} == {0, 1}
+    logits = run(load_paged(whole, whole.least_bytes, tmp_path / "home"))
+    assert np.array_equal(run(load_paged(split, split.least_bytes, tmp_path / "home")), logits)
+
+
+def _split(path: Path, folder: Path) -> list[Path]:
+    """Two files, as llama-gguf-split writes them."""
+    folder.mkdir()
+    reader = gguf.GGUFReader(str(path))
+    half = [index for index, t in enumerate(reader.tensors) if "_exps" in t.name][4]
+    paths = []
+    for number, tensors in enumerate((reader.tensors[:half], reader.tensors[half:])):
+        paths.append(folder / f"moe-{number + 1:05d}-of-00002.gguf")
+        out = gguf.GGUFWriter(str(paths[-1]), str(reader.fields["general.architecture"].contents()))
+        for field in reader.fields.values():
+            if number == 0 and not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                kind = field.types[0]
+                sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                out.add_key_value(field.name, field.contents(), kind, sub)
+        out.add_uint16("split.no", number)
+        out.add_uint16("split.count", 2)
+        out.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in tensors:
+            out.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+    return paths
+
+
+def test_profiles(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    layout = layout_of(path)
+    file = tmp_path / "routing.npy"
+    nothing = read_profile(file, layout)
+    assert nothing.shape == (layout.layers, layout.experts)
+    assert expected_hit_rate(nothing, layout, [4]) is None
+    counts = nothing.copy()
+    counts[0, 3], counts[1, 1], counts[1, 7] = 5, 4, 1
+    write_profile(file, counts)
+    assert np.array_equal(read_profile(file, layout), counts)
+    assert hottest(counts, layout, [2])[:2] == [[3], [1]]
+    assert expected_hit_rate(counts, layout, [2]) == 0.9
+    for damage in (b"", b"x" * 100, file.read_bytes()[:90]):
+        file.write_bytes(damage)
+        assert not read_profile(file, layout).any()
+        assert "routing.npy" in caplog.text
+        caplog.clear()
+    np.save(file, np.zeros((1, 1), np.uint64))
+    assert not read_profile(file, layout).any()
+    assert "another model" in caplog.text
+    write_profile(tmp_path / "routing.npy" / "below", counts)
+    assert "cannot be written" in caplog.text

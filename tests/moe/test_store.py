@@ -1,0 +1,187 @@
+"""The store of experts on a file of its own: memory holds what the file holds, whatever the budget and the faults."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellm import _kernels
+from edgellm.backend.experts import ExpertStore, Slice
+from edgellm.errors import ModelLoadError
+
+EXPERTS, LAYERS, COLUMNS, ROWS = 6, 3, 64, 48
+Q8_0, F32 = 8, 0
+SIZES = {Q8_0: COLUMNS * ROWS // 32 * 34, F32: COLUMNS * ROWS * 4}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    size = 17 + LAYERS * EXPERTS * (SIZES[Q8_0] + SIZES[F32])
+    file = tmp_path / "experts.bin"
+    file.write_bytes(np.random.default_rng(0).integers(0, 256, size, np.uint8).tobytes())
+    return file
+
+
+def slices() -> list[Slice]:
+    """Two tensors a layer, one that is packed and one that is not, beginning at odd places."""
+    found, offset = [], 17
+    for layer in range(LAYERS):
+        for kind, name in ((Q8_0, "Q8_0"), (F32, "F32")):
+            found.append(Slice(f"{layer}.{name}", kind, name, COLUMNS, ROWS, layer, 0, offset, SIZES[kind]))
+            offset += EXPERTS * SIZES[kind]
+    return found
+
+
+@contextlib.contextmanager
+def a_store(path: Path, slots: int = 4, *, direct: bool = True) -> Iterator[ExpertStore]:
+    extent = max(piece.extent_bytes for piece in slices())
+    store = ExpertStore(
+        slices(), [path], experts=EXPERTS, pools=[0] * LAYERS, slots=[slots], stream_bytes=2 * extent, direct=direct
+    )
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def expected(path: Path, piece: Slice, expert: int) -> bytes:
+    start = piece.offset + expert * piece.n_bytes
+    raw = np.fromfile(path, np.uint8, piece.n_bytes, offset=start)
+    return _kernels.pack(piece.type, COLUMNS, ROWS, raw).tobytes() if piece.packed else raw.tobytes()
+
+
+def fetched(store: ExpertStore, piece: Slice, experts: list[int]) -> dict[int, bytes]:
+    return dict(store.native.fetch(piece.name, experts))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("slots", [0, 1, 4, EXPERTS * LAYERS])
+def test_what_is_fetched_is_what_the_file_holds(path: Path, slots: int, direct: bool) -> None:
+    draw = np.random.default_rng(1)
+    with a_store(path, slots, direct=direct) as store:
+        for _ in range(20):
+            for layer in range(LAYERS):
+                experts = sorted(draw.choice(EXPERTS, draw.integers(1, EXPERTS + 1), replace=False).tolist())
+                for piece in slices()[2 * layer : 2 * layer + 2]:
+                    found = fetched(store, piece, experts)
+                    assert found == {expert: expected(path, piece, expert) for expert in experts}
+        stats = store.stats
+        assert stats.visits == 20 * LAYERS
+        assert stats.needed == stats.hits + stats.loads + stats.streamed
+        assert store.resident_bytes <= slots * sum(piece.extent_bytes for piece in slices()[:2])
+        assert (stats.hits > 0) == (slots > 1)
+
+
+def test_each_matrix_is_read_once_in_a_visit(path: Path) -> None:
+    with a_store(path, 2) as store:
+        for piece in slices()[:2]:
+            fetched(store, piece, list(range(EXPERTS)))
+        assert store.stats.reads == 2 * EXPERTS
+        assert store.stats.bytes == EXPERTS * (SIZES[Q8_0] + SIZES[F32])
+
+
+def test_reading_ahead(path: Path) -> None:
+    with a_store(path) as store:
+        store.prefetch(1, [2, 3])
+        fetched(store, slices()[2], [2, 5])
+        fetched(store, slices()[3], [2, 5])
+        stats = store.stats
+        assert (stats.prefetched, stats.prefetch_used, stats.hits, stats.loads) in {(2, 1, 0, 1), (1, 1, 0, 1)}
+        assert fetched(store, slices()[3], [2])[2] == expected(path, slices()[3], 2)
+
+
+def test_counts_and_the_log_of_nothing(path: Path) -> None:
+    with a_store(path) as store:
+        fetched(store, slices()[0], [0, 3])
+        fetched(store, slices()[0], [3])
+        assert store.counts().tolist() == [[1, 0, 0, 2, 0, 0], [0] * EXPERTS, [0] * EXPERTS]
+        assert store.take_log().size == 0
+
+
+@contextlib.contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Whoever has the file open can no longer read it: its descriptors are exchanged for ones that only write."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == str(path):
+                found.append(int(name))
+    saved = [(descriptor, os.dup(descriptor)) for descriptor in found]
+    writer = os.open(path, os.O_WRONLY)
+    for descriptor in found:
+        os.dup2(writer, descriptor)
+    assert saved
+    try:
+        yield
+    finally:
+        for descriptor, copy in saved:
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 4])
+def test_a_read_error_is_told_once_and_then_all_is_well(path: Path, slots: int) -> None:
+    with a_store(path, slots) as store:
+        first = slices()[0]
+        with unreadable(path):
+            assert fetched(store, first, [0, 1, 2, 3]) == {}
+            assert store.failed
+            assert fetched(store, slices()[1], [0, 1]) == {}  # until somebody has heard of it
+            message = store.take_error()
+            assert "cannot read expert" in message
+            assert "of 0.Q8_0 from" in message
+            assert "Bad file descriptor" in message
+            assert not store.failed
+            fetched(store, first, [4])
+            assert "expert 4 of 0.Q8_0" in store.take_error()
+        for piece in slices()[:2]:
+            assert fetched(store, piece, [0, 1, 4]) == {e: expected(path, piece, e) for e in (0, 1, 4)}
+        assert not store.failed
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "rewritten"])
+def test_a_file_that_changes_is_noticed(path: Path, change: str) -> None:
+    with a_store(path) as store:
+        assert fetched(store, slices()[0], [0])
+        if change == "shorter":
+            os.truncate(path, path.stat().st_size - 1)
+        elif change == "longer":
+            os.truncate(path, path.stat().st_size + 1)
+        else:
+            with path.open("r+b") as file:
+                file.write(b"x")
+            os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        fetched(store, slices()[0], [1])
+        assert "changed while it was in use" in store.take_error()
+
+
+def test_a_deleted_file_is_served_on_and_noticed(path: Path) -> None:
+    with a_store(path) as store:
+        whole = expected(path, slices()[0], 2)
+        assert not store.deleted
+        path.unlink()
+        assert fetched(store, slices()[0], [2]) == {2: whole}
+        assert store.deleted
+
+
+def test_files_that_are_not_there_or_too_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ModelLoadError, match="beyond the end"), a_store(path):
+        pass
+    path.unlink()
+    with pytest.raises(ModelLoadError, match="No such file"), a_store(path):
+        pass
+
+
+def test_a_store_is_closed_while_it_reads(path: Path) -> None:
+    for _ in range(20):
+        with a_store(path) as store:
+            store.prefetch(0, [0, 1, 2])
+    with pytest.raises(ModelLoadError, match="closed"):
+        store.stats  # noqa: B018
