@@ -10,10 +10,10 @@
 namespace edgellm {
 namespace {
 
-constexpr double kRates[] = {0.7, 0.125, 0.01};
-constexpr double kWeights[] = {0.25, 0.25, 0.5};
-constexpr double kStartVisits = 2.0;
-constexpr double kFloor = 0.05;
+constexpr double kRates[] = {0.6, 0.05, 0.01};
+constexpr double kWeights[] = {0.25, 0.35, 0.4};
+constexpr double kStartVisits = 1.0;
+constexpr double kFloor = 0.02;
 constexpr double kLeast = 0.001, kPredictedLeast = 0.05;
 constexpr double kPredictedUsed = 80.0, kOthersUsed = 1.0, kPriorExperts = 100.0;
 constexpr double kEvidenceLoss = 1.0 / 1024.0;

@@ -7,19 +7,22 @@ can be asked at any time.
 
 from __future__ import annotations
 
-import struct
+import gzip
+import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from edgellm.errors import InvalidTraceError
+from edgellm.models.files import write_atomic
 from edgellm.moe.routes import DECODE, Trace
 
-_MAGIC = b"EDGEMOE1"
-_HEAD = struct.Struct("<8sIIII")  # magic, layers, experts, keys a layer, entries
-_ENTRY = struct.Struct("<IIII")  # layer, experts in the key, counts in the value, times seen
-_PAIR = struct.Struct("<II")  # expert, how often
+_FORMAT = "edgellm experts 1"
 _MOST_COUNT = 1 << 20
+_MOST_FILE_BYTES = 1 << 28  # of a table, unpacked
 
 
 class Predictor(Protocol):
@@ -94,14 +97,15 @@ class HotList:
     """What the layer used most often so far; of equal ones those of the lowest number."""
 
     def __init__(self, layers: int, experts: int) -> None:
-        self._counts = [[0] * experts for _ in range(layers)]
+        self.counts = [[0] * experts for _ in range(layers)]
 
     def predict(self, layer: int, count: int) -> list[int]:
-        return _largest(self._counts[layer], count)
+        return _largest(self.counts[layer], count)
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
+        counts = self.counts[layer]
         for expert in experts:
-            self._counts[layer][expert] += 1
+            counts[expert] = min(counts[expert] + 1, _MOST_COUNT)
 
 
 class PairTable:
@@ -145,6 +149,51 @@ class PairTable:
         self._hot.observe(layer, experts)
         self._before = (self._before[1], tuple(sorted(experts)))
 
+    def save(self, path: Path) -> None:
+        """Write what was learned to `path`, whole or not at all. Raises OSError."""
+        content = {
+            "format": _FORMAT,
+            "layers": self.layers,
+            "experts": self.experts,
+            "hot": self._hot.counts,
+            "after": [[[key, _pairs(value)] for key, value in table.items()] for table in self._after],
+            "exact": [[[key, _pairs(value)] for key, value in table.items()] for table in self._exact],
+        }
+        write_atomic(path, gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0))
+
+    @classmethod
+    def load(cls, path: Path, layers: int, experts: int, *, keys: int = 4096) -> PairTable:
+        """What `save` wrote for a model of this shape. Raises InvalidTraceError, and OSError if it cannot be opened."""
+        try:
+            with gzip.open(path) as file:
+                raw = file.read(_MOST_FILE_BYTES + 1)
+            content = json.loads(raw) if len(raw) <= _MOST_FILE_BYTES else None
+            table = cls(layers, experts, keys=keys)
+            table._restore(content)
+        except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InvalidTraceError(f"{path.name} is not a table of experts for this model") from error
+        return table
+
+    def _restore(self, content: Any) -> None:
+        """Raises ValueError, TypeError or KeyError."""
+        if (content["format"], content["layers"], content["experts"]) != (_FORMAT, self.layers, self.experts):
+            raise ValueError("another format or shape")
+        if any(len(content[part]) != self.layers for part in ("hot", "after", "exact")):
+            raise ValueError("another number of layers")
+        for layer in range(self.layers):
+            hot = [_checked(count, _MOST_COUNT) for count in content["hot"][layer]]
+            if len(hot) != self.experts:
+                raise ValueError("another number of experts")
+            self._hot.counts[layer] = hot
+            for key, pairs in content["after"][layer]:
+                self._after[layer][_checked(key, self.experts - 1)] = self._counts(pairs)
+            for key, pairs in content["exact"][layer][-self.keys :]:
+                known = tuple(_checked(expert + 1, self.experts) - 1 for expert in key)
+                self._exact[layer][known] = self._counts(pairs)
+
+    def _counts(self, pairs: Any) -> dict[int, int]:
+        return {_checked(expert, self.experts - 1): _checked(count, _MOST_COUNT, 1) for expert, count in pairs}
+
     def _key(self) -> tuple[int, ...]:
         first, second = self._before
         return (*first, -1, *second)
@@ -161,3 +210,13 @@ class PairTable:
 
 def _largest(values: Sequence[float], count: int) -> list[int]:
     return sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
+
+
+def _pairs(counts: dict[int, int]) -> list[tuple[int, int]]:
+    return list(counts.items())
+
+
+def _checked(value: Any, most: int, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r} is not from {least} to {most}")
+    return value

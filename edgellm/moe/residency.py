@@ -1,14 +1,14 @@
 """Which expert lies in which slot: the policy of the expert pager, in plain Python.
 
 Belady's rule (1966, "A study of replacement algorithms for a virtual-storage computer") evicts what is used furthest in
-the future. The future is not known, so every expert has an *estimate* of when it is used next, counted in visits:
+the future. The future is not known, so every expert has an *estimate* of when it is used next, in visits:
 
     due = next visit of its layer + (1 - p) / p cycles          p: probability that a visit of the layer uses it
 
 where a cycle is one visit of each layer. The expert with the largest `due` is evicted. An expert of a layer that has
 just run is a whole cycle away, one of the coming layer is not; in a cyclic scan (a long prompt in chunks: p = 1) the
 furthest goes, where least-recently-used would always evict what is needed next. p is a weighted sum of three running
-averages of "used or not" (the last few visits, some ten, some hundred) and of a floor for experts not yet seen.
+averages of "used or not" (the last few visits, some twenty, some hundred) and of a floor for experts not yet seen.
 
 kernels/residency.cpp is the same policy, and must take the same decisions bit for bit: float64 everywhere, only + - * /
 and comparisons, in the order written here. edgellm/moe/replay.py measures it against others on traces.
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 # Rates of the three running averages, and their weights in p. Found on three traces (scripts/replay_routes), where the
 # optimum is flat: recent use dominates, the long memory keeps experts that are often used apart from those seen once.
-RATES = (0.7, 0.125, 0.01)
-WEIGHTS = (0.25, 0.25, 0.5)
-# An average starts as the plain mean over its visits and this many unused ones, so that it is sound from the first.
-START_VISITS = 2.0
+RATES = (0.6, 0.05, 0.01)
+WEIGHTS = (0.25, 0.35, 0.4)
+# An average starts as the plain mean over its visits and this many without use, so that it is sound from the first.
+START_VISITS = 1.0
 # The floor of p, in parts of the layer's usual share of used experts: not seen is not the same as never used.
-FLOOR = 0.05
+FLOOR = 0.02
 # The least p, so that no expert is due after the end of days.
 LEAST = 0.001
 # The same for predicted experts: one that may be needed in a moment is kept even if it would not be for long.
