@@ -507,7 +507,8 @@ void ExpertStore::finish(const Job & job, State end) {
 bool ExpertStore::read(const Job & job, uint8_t * bounce, std::string & fault) {
     const ExpertSlice & slice = *job.slice;
     const File & file = files_[static_cast<size_t>(slice.file)];
-    const std::string & path = params_.files[static_cast<size_t>(slice.file)];
+    const std::string & whole = params_.files[static_cast<size_t>(slice.file)];
+    const std::string path = whole.substr(whole.find_last_of('/') + 1);  // clients see this
     struct stat s {};
     if (fstat(file.fd, &s) != 0 || static_cast<uint64_t>(s.st_size) != file.bytes || modified_ns(s) != file.modified_ns) {
         fault = path + " changed while it was in use; load the model again";

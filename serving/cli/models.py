@@ -24,7 +24,6 @@ from rich.progress import (
 from rich.table import Table
 
 from edgellm.config import load_settings
-from edgellm.engine.fit import context_tokens_for, memory_for
 from edgellm.errors import EdgeLLMError
 from edgellm.models.describe import ModelInfo, describe
 from edgellm.models.hub import PullProgress, pull
@@ -159,6 +158,8 @@ def _stored_facts(model: StoredModel) -> dict[str, Any]:
 
 
 def _model_facts(info: ModelInfo) -> dict[str, Any]:
+    from edgellm.engine.fit import context_tokens_for, memory_for
+
     settings = load_settings()  # `edgellm serve` without arguments
     return {
         "title": info.name,

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
-import httpx
 import typer
-from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.table import Table
-
-from edgellm.config import home_dir, parse_bytes
-from edgellm.errors import ConfigError, ModelTooLargeError, ModelUnsupportedError
-from edgellm.models.describe import describe
-from edgellm.models.store import ModelStore
-from edgellm.moe.layout import ExpertLayout, plan_experts, read_layout
-from edgellm.moe.profile import Profile, expected_hit_rate, read_profile
-from edgellm.moe.skeleton import profile_path
 
 moe_app = typer.Typer(
     name="moe",
@@ -26,9 +14,6 @@ moe_app = typer.Typer(
     add_completion=False,
 )
 
-_SHARES = (0.1, 0.25, 0.5, 0.75)
-_MIB = 1 << 20
-_TIMEOUT_S = 10.0
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
@@ -44,91 +29,28 @@ def inspect(
 
     The hit rate is what the experts that were needed most so far would give; it is known once the model was served.
     """
-    found = ModelStore().find(model)
-    layout = read_layout(found.path)
-    if layout is None:
-        raise ModelUnsupportedError(f"{found.path.name} has no experts")
-    profile = read_profile(profile_path(found.path, home_dir()), layout)
-    facts = _facts(found.path.name, layout, profile, [_size(text) for text in expert_memory or ()])
-    facts["dense_bytes"] = describe(found.path).tensor_bytes - layout.all_read_bytes
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    console = Console()
-    for name, text in _lines(facts):
-        console.print(f"[bold]{name:18}[/bold] {text}", highlight=False)
-    table = Table("expert memory", "experts that stay", "expected hit rate", box=None, header_style="bold")
-    for row in facts["budgets"]:
-        rate = row["expected_hit_rate"]
-        table.add_row(
-            _mib(row["bytes"]),
-            f"{row['slots']} of {facts['experts_total']}",
-            "unknown" if rate is None else f"{rate:.1%}",
-        )
-    console.print(table)
+    from serving.cli.moe_report import run_inspect
+
+    run_inspect(model, expert_memory or [], as_json=as_json)
 
 
-def _size(text: str) -> int:
-    try:
-        return int(parse_bytes(text))
-    except ValueError as error:
-        raise ConfigError(f"--expert-memory: {error}") from None
+@moe_app.command("predict")
+def predict(
+    source: Annotated[str, typer.Argument(help="A GGUF path, a pulled model's name, or a trace (.csv, .csv.gz).")],
+    text: Annotated[Path | None, typer.Argument(help="For a model: the text to read, plain or .gz.")] = None,
+    tokens: Annotated[int, typer.Option(min=16, max=65_536, help="Tokens of the text to read.")] = 512,
+    expert_memory: Annotated[str, typer.Option("--expert-memory", help="Memory for experts while reading.")] = "2GiB",
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write the routes here (.csv or .csv.gz).")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Score the ways of foreseeing experts against what the routers chose: recall in each layer and overall.
 
+    Look-ahead applies the next layers' routers to this layer's router input. The controls must read 100 %: the layer's
+    own router on its own input, and the choice itself.
+    """
+    from serving.cli.moe_report import run_predict
 
-def _facts(name: str, layout: ExpertLayout, profile: Profile, budgets: list[int]) -> dict[str, Any]:
-    sizes = budgets or [
-        layout.least_bytes,
-        *(max(layout.least_bytes, int(layout.whole_bytes * share)) for share in _SHARES),
-        layout.whole_bytes,
-    ]
-    return {
-        "model": name,
-        "layers": layout.layers,
-        "experts": layout.experts,
-        "experts_used": layout.experts_used,
-        "experts_total": layout.layers * layout.experts,
-        "expert_bytes": sorted(set(layout.read_bytes)),
-        "all_experts_bytes": layout.all_read_bytes,
-        "token_bytes": layout.experts_used * sum(layout.read_bytes),
-        "least_budget_bytes": layout.least_bytes,
-        "whole_budget_bytes": layout.whole_bytes,
-        "profile_needs": int(profile.sum()),
-        "budgets": [_budget(layout, profile, size) for size in sizes],
-    }
-
-
-def _budget(layout: ExpertLayout, profile: Profile, size: int) -> dict[str, Any]:
-    try:
-        plan = plan_experts(layout, size)
-    except ModelTooLargeError as error:
-        raise ConfigError(f"--expert-memory: {error}") from None
-    return {
-        "bytes": size,
-        "slots": sum(plan.slots),
-        "expected_hit_rate": expected_hit_rate(profile, layout, plan.slots),
-    }
-
-
-def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    each = [_mib(size) for size in facts["expert_bytes"]]
-    return [
-        ("model", facts["model"]),
-        ("MoE layers", str(facts["layers"])),
-        ("experts", f"{facts['experts']} in a layer, {facts['experts_used'] or 'an unknown number'} for each token"),
-        ("one expert", " or ".join(each)),
-        ("all experts", f"{_mib(facts['all_experts_bytes'])}; a token uses {_mib(facts['token_bytes'])}"),
-        ("the rest", _mib(facts["dense_bytes"])),
-        ("least budget", _mib(facts["least_budget_bytes"])),
-        ("all stay with", _mib(facts["whole_budget_bytes"])),
-        (
-            "routing profile",
-            f"{facts['profile_needs']:,} needs" if facts["profile_needs"] else "none yet: serve it first",
-        ),
-    ]
-
-
-def _mib(size: int) -> str:
-    return f"{size / _MIB:,.1f} MiB" if size < 100 * _MIB else f"{size / _MIB:,.0f} MiB"
+    run_predict(source, text, tokens, expert_memory, trace, as_json=as_json)
 
 
 @moe_app.command("stats")
@@ -138,52 +60,6 @@ def stats(
     as_json: _Json = False,
 ) -> None:
     """Show how the paged models of a running server fare: hits, misses, what was read ahead, and the time lost."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.get(f"{url.rstrip('/')}/metrics", headers=headers, timeout=_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConfigError(f"no server answers at {url}: {error}") from None
-    if answer.status_code != httpx.codes.OK:
-        raise ConfigError(f"{url}/metrics answers with status {answer.status_code}")
-    models = _paged_models(answer.text)
-    if as_json:
-        typer.echo(json.dumps(models, indent=2))
-        return
-    if not models:
-        typer.echo("no model with paged experts is loaded")
-    for name, figures in models.items():
-        table = Table(title=name, box=None, show_header=False, title_style="bold", title_justify="left")
-        for line in _figure_lines(figures):
-            table.add_row(*line)
-        Console().print(table)
+    from serving.cli.moe_report import run_stats
 
-
-def _paged_models(exposition: str) -> dict[str, dict[str, float]]:
-    """model -> figure -> value, of the figures that begin with edgellm_expert."""
-    models: dict[str, dict[str, float]] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            name = sample.name.removeprefix("edgellm_").removesuffix("_total")
-            if name.startswith("expert") and sample.name.startswith("edgellm_") and "model" in sample.labels:
-                models.setdefault(sample.labels["model"], {})[name] = sample.value
-    return models
-
-
-def _figure_lines(figures: dict[str, float]) -> list[tuple[str, str]]:
-    def value(name: str) -> float:
-        return figures.get(f"expert_{name}", 0.0)
-
-    needed = value("needed") or 1.0
-    ahead = value("prefetched") or 1.0
-    return [
-        ("in memory", f"room for {value('slots'):.0f} of {figures.get('experts', 0):.0f} experts"),
-        ("memory", _mib(int(value("memory_bytes")))),
-        ("needed", f"{value('needed'):,.0f}"),
-        ("hits", f"{value('hits'):,.0f} ({value('hits') / needed:.1%})"),
-        ("misses", f"{value('loads'):,.0f} kept, {value('streamed'):,.0f} streamed"),
-        ("read ahead", f"{value('prefetched'):,.0f}, now {'on' if value('prefetch') else 'off'}"),
-        ("  useful", f"{value('prefetch_used'):,.0f} ({value('prefetch_used') / ahead:.1%})"),
-        ("  wasted", f"{value('prefetch_wasted'):,.0f}"),
-        ("read", f"{_mib(int(value('read_bytes')))} in {value('reads'):,.0f} reads"),
-        ("stalled", f"{value('stall_seconds'):,.1f} s"),
-    ]
+    run_stats(url, api_key, as_json=as_json)

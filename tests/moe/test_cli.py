@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from edgellm.backend.experts import ExpertStats
 from edgellm.config import home_dir
-from edgellm.errors import ConfigError, EdgeLLMError, ModelNotFoundError, ModelUnsupportedError
+from edgellm.errors import ConfigError, EdgeLLMError, InvalidTraceError, ModelNotFoundError, ModelUnsupportedError
 from edgellm.moe.layout import read_layout
 from edgellm.moe.pager import PagerSnapshot
 from edgellm.moe.profile import read_profile, write_profile
+from edgellm.moe.routes import read_trace
 from edgellm.moe.skeleton import profile_path
 from serving.cli.moe import moe_app
 from serving.metrics import Metrics, ModelSnapshot
@@ -110,3 +111,35 @@ def test_stats_of_nothing() -> None:
         run("stats", "--url", f"http://127.0.0.1:{port}")
     with pytest.raises(ConfigError, match="no server answers"):
         run("stats", "--url", "nonsense")
+
+
+def test_predict_a_model(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe")
+    text = tmp_path / "text.txt"
+    text.write_text("the name of the world is true and you is the user of it " * 8)
+    trace = tmp_path / "routes.csv.gz"
+    found = json.loads(run("predict", str(path), str(text), "--tokens", "100", "--trace", str(trace), "--json"))
+    for name in ("control: the layer's own router", "control: the choice"):
+        assert found[name] == {"recall": 1.0, "layers": [1.0, 1.0, 1.0]}
+    ahead = found["look-ahead, one layer"]["layers"]
+    assert ahead[0] is None
+    assert all(0.25 < value < 1 for value in ahead[1:])  # by chance 2 of 8
+    assert found["previous token"]["recall"] < 1
+    routes = read_trace(trace)
+    assert len(routes.steps) == 100
+    assert (routes.shape.layers, routes.shape.experts, routes.shape.top_k) == (3, 8, 2)
+    again = json.loads(run("predict", str(trace), "--json"))
+    assert again == {name: recall for name, recall in found.items() if name in again}
+    assert "look-ahead, one layer" in run("predict", str(path), str(text), "--tokens", "20")
+
+
+def test_predict_what_it_cannot(tmp_path: Path) -> None:
+    path = str(write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe"))
+    with pytest.raises(ConfigError, match="needs a text"):
+        run("predict", path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run("predict", path, str(tmp_path / "nothing.txt"))
+    bad = tmp_path / "bad.csv"
+    bad.write_text("no trace")
+    with pytest.raises(InvalidTraceError):
+        run("predict", str(bad))
