@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         "when they are needed. auto: as much as the memory budget leaves, all of them if they fit. off: llama.cpp "
         "maps the whole file.",
     )
+    expert_checksums: Literal["on", "off"] = Field(
+        "off",
+        description="on: experts that are read are checked against checksums, which are made of the file at the first "
+        "start; flash that has rotted ends a request with an error.",
+    )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 
     # HTTP

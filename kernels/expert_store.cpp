@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "crc32c.h"
 #include "packed.h"
 
 namespace edgellm {
@@ -116,6 +117,8 @@ void ExpertStore::lay_out() {
         pool.slot_bytes = std::max(pool.slot_bytes, last.start + last.extent);
         pool.parts = std::max(pool.parts, static_cast<int>(layers_[l].size()));
     }
+    if (!params_.checksums.empty() && params_.checksums.size() != params_.slices.size() * static_cast<size_t>(params_.experts))
+        throw std::invalid_argument("there is one checksum for each matrix");
     if (params_.stream_bytes < 2 * largest) throw std::invalid_argument("the streaming area holds less than two matrices");
     for (size_t p = 0; p < pools_.size(); ++p) {
         Pool & pool = pools_[p];
@@ -532,6 +535,15 @@ bool ExpertStore::read(const Job & job, uint8_t * bounce, std::string & fault) {
         }
         done += static_cast<size_t>(n);
         if (done < wanted && done % kSector != 0) done -= done % kSector;  // unbuffered reads go on at whole sectors
+    }
+    if (!params_.checksums.empty()) {
+        const auto number = static_cast<size_t>(&slice - params_.slices.data());
+        const size_t place = number * static_cast<size_t>(params_.experts) + static_cast<size_t>(job.expert);
+        if (crc32c(target + lead, slice.bytes) != params_.checksums[place]) {
+            fault = "expert " + std::to_string(job.expert) + " of " + slice.name + " in " + path +
+                    " is damaged: it is not what its checksum was made of";
+            return false;
+        }
     }
 #ifdef POSIX_FADV_DONTNEED
     if (!direct_) posix_fadvise(file.fd, static_cast<off_t>(offset - lead), static_cast<off_t>(size), POSIX_FADV_DONTNEED);

@@ -57,6 +57,7 @@ struct ExpertStoreParams {
     size_t stream_bytes;     // at least two cells of the largest matrix
     int readers;             // threads
     bool direct;             // unbuffered reads, where the file system has them
+    std::vector<uint32_t> checksums{};  // (slices, experts): CRC-32C of what is read; empty: it is not checked
 };
 
 struct ExpertStats {

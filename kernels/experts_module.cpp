@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "crc32c.h"
 #include "expert_buffer.h"
 #include "expert_store.h"
 #include "modules.h"
@@ -22,10 +23,10 @@ namespace {
 // The arguments are those of edgellm.backend.experts.ExpertStore, which checks them.
 void make_store(ExpertStore * self, int layers, int experts, const std::vector<ExpertSlice> & slices,
                 const std::vector<std::string> & files, const std::vector<int> & pools, const std::vector<int> & slots,
-                size_t stream_bytes, int readers, bool direct) {
+                size_t stream_bytes, int readers, bool direct, const std::vector<uint32_t> & checksums) {
     if (layers <= 0 || experts <= 0 || readers <= 0) throw std::invalid_argument("layers, experts and readers are positive");
     if (pools.size() != static_cast<size_t>(layers)) throw std::invalid_argument("every layer has a pool");
-    new (self) ExpertStore({layers, experts, slices, files, pools, slots, stream_bytes, readers, direct});
+    new (self) ExpertStore({layers, experts, slices, files, pools, slots, stream_bytes, readers, direct, checksums});
 }
 
 template <class T> nb::ndarray<nb::numpy, T, nb::ndim<1>> owned(std::vector<T> * data) {
@@ -98,7 +99,7 @@ void bind_experts(nb::module_ & m) {
         .def_prop_ro("extent", &slice_extent, "Bytes of memory for one expert's matrix, in a slot or a cell.");
     nb::class_<ExpertStore>(m, "ExpertStore", "Experts that are read from files when they are needed (kernels/expert_store.h).")
         .def("__init__", &make_store, nb::kw_only(), "layers"_a, "experts"_a, "slices"_a, "files"_a, "pools"_a, "slots"_a,
-             "stream_bytes"_a, "readers"_a, "direct"_a)
+             "stream_bytes"_a, "readers"_a, "direct"_a, "checksums"_a)
         .def("stats", &stats_of)
         .def_prop_ro("resident_bytes", &ExpertStore::resident_bytes)
         .def_prop_ro("failed", &ExpertStore::failed)
@@ -122,6 +123,8 @@ void bind_experts(nb::module_ & m) {
         .def("counts", [](ExpertStore & self) { return owned(new std::vector<uint32_t>(self.counts())); })
         .def_prop_ro("reads", &ExpertStore::reads)
         .def("fetch", &fetch, "name"_a, "experts"_a);
+    m.def("crc32c", [](const nb::bytes & data) { return crc32c(reinterpret_cast<const uint8_t *>(data.c_str()), data.size()); },
+          "data"_a, "CRC-32C of bytes.");
     m.def("set_expert_store", &set_expert_store, "store"_a.none(),
           "Where the expert tensors of models that this thread loads from now on lie; None: in memory.");
 }

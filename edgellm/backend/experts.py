@@ -110,9 +110,11 @@ class ExpertStore:
         slots: Sequence[int],
         stream_bytes: int,
         direct: bool = True,
+        checksums: npt.NDArray[np.uint32] | None = None,
     ) -> None:
         """`pools[layer]` is the pool of the layer's experts, `slots[pool]` how many of them it holds; `stream_bytes`
-        is the area for those of one layer that find no slot: at least two of the largest matrices.
+        is the area for those of one layer that find no slot: at least two of the largest matrices. `checksums`,
+        (slices, experts), are compared with the `crc32c` of what is read.
 
         Raises ModelLoadError; ModelUnsupportedError where llama.cpp is not the library that was expected.
         """
@@ -129,6 +131,7 @@ class ExpertStore:
                 stream_bytes=stream_bytes,
                 readers=READERS,
                 direct=direct,
+                checksums=[] if checksums is None else checksums.ravel().tolist(),
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelLoadError(f"the experts cannot be paged: {error}") from None
@@ -213,6 +216,11 @@ class ExpertStore:
     def close(self) -> None:
         """Stops the readers and frees the memory. Idempotent."""
         self._native = None
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli) of `data`."""
+    return _kernels.crc32c(data)
 
 
 @functools.cache

@@ -71,7 +71,13 @@ def load_runner(info: ModelInfo, settings: Settings, memory: MemoryEstimate | No
     may_be_huge = not packed and layout is None and settings.huge_pages == "auto"
     huge = may_be_huge and huge_page_bytes() is not None and _fits_easily(info, settings)
     if layout is not None and memory.expert_bytes is not None:
-        model = load_paged(layout, memory.expert_bytes, home_dir(), packed=settings.packed_weights == "auto")
+        model = load_paged(
+            layout,
+            memory.expert_bytes,
+            home_dir(),
+            packed=settings.packed_weights == "auto",
+            checksums=settings.expert_checksums == "on",
+        )
     else:
         model = Model(info.path, mapped=not huge and not packed, packed=packed)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from edgellm.backend.experts import ExpertStats, ExpertStore
 from edgellm.backend.model import Model
 from edgellm.errors import ModelLoadError
+from edgellm.moe.checksums import checksums_of
 from edgellm.moe.layout import ExpertLayout, plan_experts
 from edgellm.moe.pricing import PrefetchPrice
 from edgellm.moe.profile import hottest, read_profile, write_profile
@@ -18,16 +19,21 @@ from edgellm.moe.skeleton import skeleton_of
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
 _SAVE_STEPS = 1000
+_CHECKSUMS = "checksums.npy"
 
 
-def load_paged(layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: bool = True) -> Model:
+def load_paged(
+    layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: bool = True, checksums: bool = False
+) -> Model:
     """The model with at most `budget_bytes` of its experts in memory.
 
     `packed`: the dense matrices are rearranged for this processor, as are the experts that the layout says so of.
-    `home` is where copies of dense parts are kept (skeleton.py). Raises ModelTooLargeError, ModelLoadError,
+    `home` is where copies of dense parts are kept (skeleton.py); `checksums`: experts are checked when they are read
+    (checksums.py). Raises ModelTooLargeError, ModelLoadError,
     ModelUnsupportedError.
     """
     plan = plan_experts(layout, budget_bytes)
+    path = skeleton_of(layout.files[0], home)
     store = ExpertStore(
         layout.slices,
         layout.files,
@@ -35,12 +41,8 @@ def load_paged(layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: b
         pools=layout.pools,
         slots=plan.slots,
         stream_bytes=plan.stream_bytes,
+        checksums=checksums_of(layout, path.with_name(_CHECKSUMS)) if checksums else None,
     )
-    try:
-        path = skeleton_of(layout.files[0], home)
-    except BaseException:
-        store.close()
-        raise
     model = Model(path, mapped=False, packed=packed, experts=store)
     routers = read_routers(layout)
     if (width := router_width(routers)) and layout.experts_used:

@@ -75,6 +75,23 @@ def test_a_read_error_ends_the_requests_and_not_the_server(path: Path, budget: s
     fresh.close()
 
 
+def test_checksums_are_made_once_and_hold(path: Path, tmp_path: Path) -> None:
+    runner = a_paged_runner(path, least(path), expert_checksums="on")
+    tokens = answer(runner, [1, 2, 3, 4], 5).tokens()
+    runner.close()
+    (file,) = (tmp_path / "state" / "experts").glob("*/checksums.npy")
+    made = np.load(file)
+    np.save(file, made + 1)  # as if the disk had changed: the checksums are read, and not made again
+    runner = a_paged_runner(path, least(path), expert_checksums="on")
+    assert "is damaged" in str(answer(runner, [1, 2, 3, 4], 5).error)
+    runner.close()
+    file.write_bytes(b"nonsense")
+    runner = a_paged_runner(path, least(path), expert_checksums="on")
+    assert answer(runner, [1, 2, 3, 4], 5).tokens() == tokens
+    runner.close()
+    assert np.array_equal(np.load(file), made)
+
+
 def test_a_changed_file_is_told(path: Path) -> None:
     runner = a_paged_runner(path, least(path))
     assert answer(runner, [1, 2, 3], 3).tokens()

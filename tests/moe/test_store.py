@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgellm import _kernels
-from edgellm.backend.experts import ExpertStore, Slice
+from edgellm.backend.experts import ExpertStore, Slice, crc32c
 from edgellm.errors import ModelLoadError
 
 EXPERTS, LAYERS, COLUMNS, ROWS = 6, 3, 64, 48
@@ -38,10 +39,19 @@ def slices() -> list[Slice]:
 
 
 @contextlib.contextmanager
-def a_store(path: Path, slots: int = 4, *, direct: bool = True) -> Iterator[ExpertStore]:
+def a_store(
+    path: Path, slots: int = 4, *, direct: bool = True, checksums: npt.NDArray[np.uint32] | None = None
+) -> Iterator[ExpertStore]:
     extent = max(piece.extent_bytes for piece in slices())
     store = ExpertStore(
-        slices(), [path], experts=EXPERTS, pools=[0] * LAYERS, slots=[slots], stream_bytes=2 * extent, direct=direct
+        slices(),
+        [path],
+        experts=EXPERTS,
+        pools=[0] * LAYERS,
+        slots=[slots],
+        stream_bytes=2 * extent,
+        direct=direct,
+        checksums=checksums,
     )
     try:
         yield store
@@ -168,6 +178,36 @@ def test_a_deleted_file_is_served_on_and_noticed(path: Path) -> None:
         path.unlink()
         assert fetched(store, slices()[0], [2]) == {2: whole}
         assert store.deleted
+
+
+def test_what_does_not_fit_its_checksum_is_an_error(path: Path) -> None:
+    raw = path.read_bytes()
+    starts = [(piece.offset + expert * piece.n_bytes, piece.n_bytes) for piece in slices() for expert in range(EXPERTS)]
+    sums = np.array([crc32c(raw[start : start + size]) for start, size in starts], np.uint32)
+    facts, piece = path.stat(), slices()[2]
+    with path.open("r+b") as file:  # a bit of expert 3 turns over, unnoticed by the file system
+        file.seek(piece.offset + 3 * piece.n_bytes + 1000)
+        file.write(bytes([raw[piece.offset + 3 * piece.n_bytes + 1000] ^ 4]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with a_store(path, checksums=sums) as store:
+        for other in slices():
+            assert len(fetched(store, other, [0, 2, 5])) == 3
+        assert 3 not in fetched(store, piece, [1, 3])
+        assert "expert 3 of 1.Q8_0 in experts.bin is damaged" in store.take_error()
+        assert 2 in fetched(store, piece, [2])
+
+
+def test_crc32c() -> None:
+    """The check value of the polynomial, and every length beside another implementation: bit by bit."""
+    assert crc32c(b"123456789") == 0xE3069283
+    data = bytes(range(200, 240))
+    for size in range(len(data)):
+        value = 0xFFFFFFFF
+        for byte in data[:size]:
+            value ^= byte
+            for _ in range(8):
+                value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        assert crc32c(data[:size]) == value ^ 0xFFFFFFFF
 
 
 def test_files_that_are_not_there_or_too_short(path: Path) -> None:

@@ -1,0 +1,71 @@
+"""A checksum of every expert's every matrix, so that flash that rots is noticed and not computed with.
+
+Made on the first start that asks for them, from the file as it is then, and kept beside the copy of the dense part.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.backend.experts import crc32c
+from edgellm.errors import ModelLoadError
+from edgellm.models.files import write_atomic
+from edgellm.moe.layout import ExpertLayout
+
+Checksums = npt.NDArray[np.uint32]
+
+_log = logging.getLogger(__name__)
+
+
+def checksums_of(layout: ExpertLayout, path: Path) -> Checksums:
+    """(tensors, experts): CRC-32C of the bytes in the file, read from `path` or made and written there.
+
+    Raises ModelLoadError if the model's file cannot be read, or `path` not be written.
+    """
+    shape = (len(layout.slices), layout.experts)
+    try:
+        with path.open("rb") as file:
+            known = np.load(file, allow_pickle=False)
+        if known.shape == shape and known.dtype == np.uint32:
+            return np.asarray(known, np.uint32)
+        _log.warning("%s are the checksums of another model; they are made anew", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError) as error:
+        _log.warning("%s cannot be read; the checksums are made anew: %s", path, error)
+    _log.info("%s: reading %d MiB of experts for checksums, once", layout.files[0].name, layout.all_read_bytes >> 20)
+    try:
+        made = _make(layout)
+        buffer = io.BytesIO()
+        np.save(buffer, made, allow_pickle=False)
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        raise ModelLoadError(f"checksums of {layout.files[0].name} cannot be made: {error.strerror or error}") from None
+    return made
+
+
+def _make(layout: ExpertLayout) -> Checksums:
+    made = np.zeros((len(layout.slices), layout.experts), np.uint32)
+    files = [path.open("rb", buffering=0) for path in layout.files]
+    try:
+        for number, piece in enumerate(layout.slices):
+            file = files[piece.file]
+            file.seek(piece.offset)
+            for expert in range(layout.experts):
+                data = file.read(piece.n_bytes)
+                if len(data) < piece.n_bytes:
+                    raise OSError(f"the file ends before {piece.name}")
+                made[number, expert] = crc32c(data)
+            if hasattr(os, "posix_fadvise"):  # what was read once need not stay in the page cache
+                size = piece.n_bytes * layout.experts
+                os.posix_fadvise(file.fileno(), piece.offset, size, os.POSIX_FADV_DONTNEED)
+    finally:
+        for file in files:
+            file.close()
+    return made
