@@ -16,7 +16,7 @@ constexpr double kStartVisits = 1.0;
 constexpr double kFloor = 0.02;
 constexpr double kLeast = 0.001, kPredictedLeast = 0.05;
 constexpr double kPredictedUsed = 80.0, kOthersUsed = 1.0, kPriorExperts = 100.0;
-constexpr double kEvidenceLoss = 1.0 / 1024.0;
+constexpr double kEvidenceLoss = 1.0 / 1024.0, kPriorRepeats = 100.0;
 constexpr double kFree = -std::numeric_limits<double>::infinity();
 
 // Which of two is evicted first: the one due later, of equal ones that in the first slot.
@@ -25,7 +25,7 @@ template <class T> bool goes_first(const T & a, const T & b) { return a.due != b
 }  // namespace
 
 Residency::Residency(int layers, int experts, std::vector<int32_t> pools, const std::vector<int32_t> & slots)
-    : layers_(layers), experts_(experts), pool_of_(std::move(pools)), promised_(kPriorExperts), kept_(kPredictedUsed),
+    : layers_(layers), experts_(experts), pool_of_(std::move(pools)), expected_(kPriorRepeats), repeated_(kPriorRepeats), promised_(kPriorExperts), kept_(kPredictedUsed),
       others_(kPriorExperts), missed_(kOthersUsed) {
     if (layers < 1 || experts < 1) throw std::invalid_argument("there must be a layer and an expert");
     if (pool_of_.size() != static_cast<size_t>(layers)) throw std::invalid_argument("every layer needs one of the pools");
@@ -53,6 +53,8 @@ Residency::Residency(int layers, int experts, std::vector<int32_t> pools, const 
     for (int64_t layer = 0; layer < layers; ++layer) next_.push_back(layer);
     has_prediction_.assign(l, 0);
     predicted_.resize(l);
+    last_.resize(l);
+    chances_.assign(static_cast<size_t>(experts), 0.0);
     marks_.assign(static_cast<size_t>(experts), 0);
 }
 
@@ -70,7 +72,7 @@ void Residency::check(int layer, const int32_t * experts, size_t n) {
 const std::vector<Residency::Load> & Residency::visit(int layer, const int32_t * experts, size_t n) {
     check(layer, experts, n);
     advance(layer);
-    learn(layer, n);
+    learn(layer, experts, n);
     for (const int32_t number : pinned_list_) pinned_[static_cast<size_t>(number)] = 0;
     pinned_list_.clear();
     for (size_t i = 0; i < n; ++i) {
@@ -163,9 +165,11 @@ void Residency::advance(int layer) {
 }
 
 // Takes one visit's uses, the marks of check(), into the averages, and estimates the layer's experts anew.
-void Residency::learn(int layer, size_t n) {
-    judge(layer, n);
+void Residency::learn(int layer, const int32_t * experts, size_t n) {
+    judge_prediction(layer, n);
+    judge_repeats(layer, n);
     const auto l = static_cast<size_t>(layer);
+    last_[l].assign(experts, experts + n);
     const double mean = 1.0 / (static_cast<double>(++visits_[l]) + kStartVisits);
     const size_t first = l * static_cast<size_t>(experts_);
     for (int i = 0; i < kAverages; ++i) {
@@ -183,7 +187,7 @@ void Residency::learn(int layer, size_t n) {
 }
 
 // Compares what was predicted for this visit with what it used: the marks of check().
-void Residency::judge(int layer, size_t n) {
+void Residency::judge_prediction(int layer, size_t n) {
     const auto l = static_cast<size_t>(layer);
     if (!has_prediction_[l]) return;
     const std::vector<int32_t> & predicted = predicted_[l];
@@ -196,6 +200,21 @@ void Residency::judge(int layer, size_t n) {
     missed_ += kEvidenceLoss * (kOthersUsed - missed_) + (static_cast<double>(n) - right);
 }
 
+// Compares how many experts of the layer's last visit were to be used again with how many are.
+void Residency::judge_repeats(int layer, size_t n) {
+    const auto l = static_cast<size_t>(layer);
+    const std::vector<int32_t> & last = last_[l];
+    if (!(n <= 2 * last.size() && last.size() <= 2 * n)) return;
+    const size_t first = l * static_cast<size_t>(experts_);
+    double expected = 0, repeated = 0;
+    for (const int32_t expert : last) {
+        expected += probability(first + static_cast<size_t>(expert), kFloor * share_[l]);
+        repeated += marks_[static_cast<size_t>(expert)] == calls_;
+    }
+    expected_ += kEvidenceLoss * (kPriorRepeats - expected_) + expected;
+    repeated_ += kEvidenceLoss * (kPriorRepeats - repeated_) + repeated;
+}
+
 double Residency::probability(size_t number, double floor) const {
     const double p = kWeights[0] * averages_[0][number] + kWeights[1] * averages_[1][number] +
                      kWeights[2] * averages_[2][number] + floor;
@@ -203,22 +222,27 @@ double Residency::probability(size_t number, double floor) const {
 }
 
 void Residency::estimate(int layer) {
-    const auto l = static_cast<size_t>(layer);
-    const size_t first = l * static_cast<size_t>(experts_), last = first + static_cast<size_t>(experts_);
+    const auto l = static_cast<size_t>(layer), experts = static_cast<size_t>(experts_);
+    const size_t first = l * experts;
     const double floor = kFloor * share_[l], coming = static_cast<double>(next_[l]), cycle = layers_;
+    const double correction = repeated_ / expected_, unlikely = missed_ / others_, likely = kept_ / promised_;
     const bool predicted = has_prediction_[l];
-    const double unlikely = missed_ / others_, likely = kept_ / promised_;
-    for (size_t number = first; number < last; ++number) {
-        const double p = probability(number, floor);
-        due_[number] = coming + (1.0 - (predicted ? unlikely : p)) / std::max(p, kLeast) * cycle;
+    for (size_t e = 0; e < experts; ++e) chances_[e] = probability(first + e, floor);
+    for (const int32_t expert : last_[l]) {
+        double & p = chances_[static_cast<size_t>(expert)];
+        p = std::min(p * correction, 1.0);
+    }
+    for (size_t e = 0; e < experts; ++e) {
+        const double p = chances_[e];
+        due_[first + e] = coming + (1.0 - (predicted ? unlikely : p)) / std::max(p, kLeast) * cycle;
     }
     if (predicted)
         for (const int32_t expert : predicted_[l]) {
-            const size_t number = first + static_cast<size_t>(expert);
-            due_[number] = coming + (1.0 - likely) / std::max(probability(number, floor), kPredictedLeast) * cycle;
+            const auto e = static_cast<size_t>(expert);
+            due_[first + e] = coming + (1.0 - likely) / std::max(chances_[e], kPredictedLeast) * cycle;
         }
     Pool & pool = pools_[static_cast<size_t>(pool_of_[l])];
-    for (size_t number = first; number < last; ++number)
+    for (size_t number = first; number < first + experts; ++number)
         if (slot_[number] >= 0) pool.due[static_cast<size_t>(slot_[number])] = due_[number];
 }
 

@@ -56,8 +56,9 @@ class Residency {
 
     void check(int layer, const int32_t * experts, size_t n);
     void advance(int layer);
-    void learn(int layer, size_t n);
-    void judge(int layer, size_t n);
+    void learn(int layer, const int32_t * experts, size_t n);
+    void judge_prediction(int layer, size_t n);
+    void judge_repeats(int layer, size_t n);
     void estimate(int layer);
     double probability(size_t number, double floor) const;
     void collect_missing(int layer, const int32_t * experts, size_t n, size_t limit);
@@ -73,13 +74,14 @@ class Residency {
     std::vector<double> share_;
     std::vector<int64_t> visits_, next_;
     std::vector<uint8_t> has_prediction_;
-    std::vector<std::vector<int32_t>> predicted_;
+    std::vector<std::vector<int32_t>> predicted_, last_;
     int64_t now_ = -1;
     int64_t calls_ = 0;             // marks of check(): an expert is in this call's list if marks_[expert] == calls_
     std::vector<int64_t> marks_;    // (experts)
     std::vector<uint8_t> pinned_;   // (layers * experts)
     std::vector<int32_t> pinned_list_;
-    double promised_, kept_, others_, missed_;
+    double expected_, repeated_, promised_, kept_, others_, missed_;
+    std::vector<double> chances_;   // (experts) scratch
     std::vector<Load> loads_;
     std::vector<int32_t> missing_;
     std::vector<Candidate> victims_;

@@ -107,7 +107,7 @@ def replay(policy: Policy, visits: Sequence[Visit], trace: Trace, look_ahead: Lo
     experts, sizes = trace.shape.experts, trace.shape.expert_bytes
     draw = random.Random(SEED)  # noqa: S311 (a simulation)
     resident: set[int] = set()
-    ahead: set[int] = set()  # read by a prefetch and not needed since
+    ahead: set[int] = set()  # read by a prefetch for a visit that is to come
     pinned: set[int] = set()
     uses = hits = in_time = read = 0
     for visit, coming in zip(visits, [*visits[1:], None], strict=True):
@@ -121,7 +121,7 @@ def replay(policy: Policy, visits: Sequence[Visit], trace: Trace, look_ahead: Lo
             in_time += len(found & ahead)
         _apply(policy.visit(visit.layer, visit.experts), visit.layer, experts, resident, pinned)
         read += sizes[visit.layer] * len(needed - found)
-        ahead -= needed
+        ahead = {number for number in ahead if number // experts != visit.layer}
         if look_ahead and coming:
             guess = look_ahead.predict(coming, experts, draw)
             loads = policy.prefetch(coming.layer, guess, look_ahead.limit)

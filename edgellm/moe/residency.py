@@ -8,7 +8,8 @@ the future. The future is not known, so every expert has an *estimate* of when i
 where a cycle is one visit of each layer. The expert with the largest `due` is evicted. An expert of a layer that has
 just run is a whole cycle away, one of the coming layer is not; in a cyclic scan (a long prompt in chunks: p = 1) the
 furthest goes, where least-recently-used would always evict what is needed next. p is a weighted sum of three running
-averages of "used or not" (the last few visits, some twenty, some hundred) and of a floor for experts not yet seen.
+averages of "used or not" (the last few visits, some twenty, some hundred) and of a floor for experts not yet seen. How
+much use in the very last visit says differs most from model to model, so there p is corrected by what was observed.
 
 kernels/residency.cpp is the same policy, and must take the same decisions bit for bit: float64 everywhere, only + - * /
 and comparisons, in the order written here. edgellm/moe/replay.py measures it against others on traces.
@@ -35,8 +36,10 @@ PREDICTED_LEAST = 0.05
 PREDICTED_USED = 80.0
 OTHERS_USED = 1.0
 PRIOR_EXPERTS = 100.0
-# With every predicted visit the evidence about look-ahead falls back towards that by this part.
+# With every visit that adds to it, evidence falls back by this part towards what it was before.
 EVIDENCE_LOSS = 1.0 / 1024.0
+# Uses that experts of the visit before were to have, and had, before any was seen: p is taken to be right about them.
+PRIOR_REPEATS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,14 @@ class Residency:
         self._share = [0.0] * layers  # of the layer's experts, used in a visit: a running mean
         self._visits = [0] * layers
         self._next = list(range(layers))  # when each layer is visited next
+        self._last: list[list[int]] = [[] for _ in range(layers)]  # what each layer used last
         self._predicted: list[list[int] | None] = [None] * layers
         self._holds = [[-1] * size for size in slots]  # the number of the expert in each slot
         self._busy = [[False] * size for size in slots]
         self._free = [list(range(size - 1, -1, -1)) for size in slots]  # the last is taken first
         self._now = -1
         self._pinned: set[int] = set()
+        self._expected, self._repeated = PRIOR_REPEATS, PRIOR_REPEATS
         self._promised, self._kept = PRIOR_EXPERTS, PREDICTED_USED  # predicted experts; the used ones of them
         self._others, self._missed = PRIOR_EXPERTS, OTHERS_USED  # the other experts; the used ones of them
 
@@ -94,8 +99,7 @@ class Residency:
         """
         self._check(layer, experts)
         self._advance(layer)
-        used = set(experts)
-        self._learn(layer, used)
+        self._learn(layer, experts)
         first = layer * self.experts
         self._pinned = {first + expert for expert in experts}
         missing = [first + expert for expert in experts if self._slot[first + expert] < 0]
@@ -172,9 +176,12 @@ class Residency:
         self._predicted[layer] = None
         self._estimate(layer)
 
-    def _learn(self, layer: int, used: set[int]) -> None:
+    def _learn(self, layer: int, experts: Sequence[int]) -> None:
         """Take one visit's uses into the averages, and estimate the layer's experts anew."""
-        self._judge(layer, used)
+        used = set(experts)
+        self._judge_prediction(layer, used)
+        self._judge_repeats(layer, used)
+        self._last[layer] = list(experts)
         self._visits[layer] += 1
         mean = 1.0 / (self._visits[layer] + START_VISITS)
         first = layer * self.experts
@@ -188,8 +195,8 @@ class Residency:
         self._predicted[layer] = None
         self._estimate(layer)
 
-    def _judge(self, layer: int, used: set[int]) -> None:
-        """Compare what was predicted for this visit with what it used."""
+    def _judge_prediction(self, layer: int, used: set[int]) -> None:
+        """Compare what look-ahead predicted for this visit with what it used."""
         predicted = self._predicted[layer]
         if predicted is None:
             return
@@ -199,8 +206,25 @@ class Residency:
         self._others += EVIDENCE_LOSS * (PRIOR_EXPERTS - self._others) + (self.experts - len(predicted))
         self._missed += EVIDENCE_LOSS * (OTHERS_USED - self._missed) + (len(used) - right)
 
-    def _probability(self, number: int, floor: float) -> float:
+    def _judge_repeats(self, layer: int, used: set[int]) -> None:
+        """Compare how many experts of the layer's last visit were to be used again with how many are.
+
+        Visits of very different numbers of experts, a prompt's chunk and a token after it, say nothing.
+        """
+        last = self._last[layer]
+        if not (len(used) <= 2 * len(last) and len(last) <= 2 * len(used)):
+            return
+        expected, repeated = 0.0, 0
+        for expert in last:
+            expected += self._probability(layer, expert)
+            repeated += expert in used
+        self._expected += EVIDENCE_LOSS * (PRIOR_REPEATS - self._expected) + expected
+        self._repeated += EVIDENCE_LOSS * (PRIOR_REPEATS - self._repeated) + repeated
+
+    def _probability(self, layer: int, expert: int) -> float:
+        """That a visit of the layer uses the expert, as the averages have it."""
         fast, middle, slow = self._rates
+        number, floor = layer * self.experts + expert, FLOOR * self._share[layer]
         p = WEIGHTS[0] * fast[number] + WEIGHTS[1] * middle[number] + WEIGHTS[2] * slow[number] + floor
         return min(p, 1.0)
 
@@ -209,15 +233,18 @@ class Residency:
 
         With a prediction q takes the place of p in the coming visit; for later ones p stands: (1 - q) / p cycles.
         """
-        first, floor = layer * self.experts, FLOOR * self._share[layer]
-        predicted, coming, cycle = self._predicted[layer], float(self._next[layer]), float(self.layers)
+        first, predicted = layer * self.experts, self._predicted[layer]
+        coming, cycle = float(self._next[layer]), float(self.layers)
+        correction = self._repeated / self._expected
         unlikely, likely = self._missed / self._others, self._kept / self._promised
-        for number in range(first, first + self.experts):
-            p = self._probability(number, floor)
-            self._due[number] = coming + (1.0 - (p if predicted is None else unlikely)) / max(p, LEAST) * cycle
+        chances = [self._probability(layer, expert) for expert in range(self.experts)]
+        for expert in self._last[layer]:
+            chances[expert] = min(chances[expert] * correction, 1.0)
+        for expert, p in enumerate(chances):
+            q = p if predicted is None else unlikely
+            self._due[first + expert] = coming + (1.0 - q) / max(p, LEAST) * cycle
         for expert in predicted or ():
-            p = self._probability(first + expert, floor)
-            self._due[first + expert] = coming + (1.0 - likely) / max(p, PREDICTED_LEAST) * cycle
+            self._due[first + expert] = coming + (1.0 - likely) / max(chances[expert], PREDICTED_LEAST) * cycle
 
     def _victims(self, pool: int, count: int) -> list[int]:
         """At most `count` slots whose experts may be evicted, the furthest due first, of equal ones the first slot."""

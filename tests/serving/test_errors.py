@@ -37,6 +37,7 @@ TABLE: list[tuple[BaseException, int, str, str, str | None]] = [
     (errors.InvalidModelFileError("x"), 500, "server_error", "invalid_model_file", "model"),
     (errors.ModelLoadError("x"), 500, "server_error", "model_load_failed", "model"),
     (errors.ModelError("x"), 500, "server_error", "model_error", "model"),
+    (errors.InvalidTraceError("x"), 500, "server_error", "server_error", None),
     (errors.PullError("x"), 502, "server_error", "model_pull_failed", "model"),
     (
         errors.ModelTooLargeError("x", needed_bytes=9, budget_bytes=8),
