@@ -7,10 +7,7 @@
 #include <stdexcept>
 #include <system_error>
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "crc32c.h"
 #include "packed.h"
@@ -31,14 +28,6 @@ uint64_t now_ns() {
         std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
-int64_t modified_ns(const struct stat & s) {
-#ifdef __APPLE__
-    return int64_t{s.st_mtimespec.tv_sec} * 1000000000 + s.st_mtimespec.tv_nsec;
-#else
-    return int64_t{s.st_mtim.tv_sec} * 1000000000 + s.st_mtim.tv_nsec;
-#endif
-}
-
 // Address space in huge pages where there are any; it takes memory when it is written to.
 uint8_t * reserve(size_t size) {
     void * p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -49,35 +38,15 @@ uint8_t * reserve(size_t size) {
     return static_cast<uint8_t *>(p);
 }
 
-int open_file(const std::string & path, bool direct) {
-    int flags = O_RDONLY | O_CLOEXEC;
-#ifdef O_DIRECT
-    if (direct) flags |= O_DIRECT;
-#endif
-    return open(path.c_str(), flags);
-}
-
-// Whether an unbuffered read works: file systems may take the flag and refuse the read.
-bool reads_directly(int fd) {
-    void * page = nullptr;
-    if (posix_memalign(&page, kSector, kSector) != 0) return false;
-    const bool works = pread(fd, page, kSector, 0) > 0;
-    free(page);
-    return works;
-}
-
 }  // namespace
-
-size_t ExpertSlice::memory_bytes() const { return packed ? packed_size(type, columns, rows) : bytes; }
-
-size_t slice_extent(const ExpertSlice & slice) {
-    return slice.converted() ? rounded(slice.memory_bytes(), kSector) : rounded(slice.bytes + kSector - 1, kSector);
-}
 
 ExpertStore::ExpertStore(ExpertStoreParams params) : params_(std::move(params)) {
     lay_out();
     try {
-        open_files();
+        files_ = std::make_unique<ExpertFiles>(params_.files, params_.direct);
+        for (const ExpertSlice & slice : params_.slices)
+            if (slice.offset + slice.bytes * static_cast<uint64_t>(params_.experts) > files_->bytes(slice.file))
+                throw std::invalid_argument(slice.name + " reaches beyond the end of its file");
         for (Pool & pool : pools_) {
             pool.mapped_bytes = rounded(std::max<size_t>(pool.slot_bytes * static_cast<size_t>(pool.slots), 1), kHugePage);
             pool.base = reserve(pool.mapped_bytes);
@@ -133,29 +102,6 @@ void ExpertStore::lay_out() {
     cells_ = std::make_unique<std::atomic<State>[]>(params_.stream_bytes / std::max<size_t>(smallest, 1));
 }
 
-void ExpertStore::open_files() {
-    direct_ = params_.direct;
-    for (const std::string & path : params_.files) {
-        int fd = open_file(path, direct_);
-        if (direct_ && (fd < 0 ? errno == EINVAL : !reads_directly(fd))) {
-            if (fd >= 0) close(fd);
-            direct_ = false;
-            fd = open_file(path, false);
-        }
-        if (fd < 0) throw std::system_error(errno, std::generic_category(), path);
-        struct stat s {};
-        files_.push_back({fd, 0, 0});
-        if (fstat(fd, &s) != 0) throw std::system_error(errno, std::generic_category(), path);
-        files_.back().bytes = static_cast<uint64_t>(s.st_size);
-        files_.back().modified_ns = modified_ns(s);
-    }
-    for (const ExpertSlice & slice : params_.slices) {
-        const File & file = files_.at(static_cast<size_t>(slice.file));
-        if (slice.offset + slice.bytes * static_cast<uint64_t>(params_.experts) > file.bytes)
-            throw std::invalid_argument(slice.name + " reaches beyond the end of its file");
-    }
-}
-
 void ExpertStore::close_all() noexcept {
     {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -167,8 +113,6 @@ void ExpertStore::close_all() noexcept {
     for (Pool & pool : pools_)
         if (pool.base != nullptr) munmap(pool.base, pool.mapped_bytes);
     if (stream_ != nullptr) munmap(stream_, stream_mapped_);
-    for (const File & file : files_)
-        if (file.fd >= 0) close(file.fd);
 }
 
 const ExpertSlice * ExpertStore::slice(const std::string & name) const {
@@ -509,46 +453,22 @@ void ExpertStore::finish(const Job & job, State end) {
 
 bool ExpertStore::read(const Job & job, uint8_t * bounce, std::string & fault) {
     const ExpertSlice & slice = *job.slice;
-    const File & file = files_[static_cast<size_t>(slice.file)];
-    const std::string & whole = params_.files[static_cast<size_t>(slice.file)];
-    const std::string path = whole.substr(whole.find_last_of('/') + 1);  // clients see this
-    struct stat s {};
-    if (fstat(file.fd, &s) != 0 || static_cast<uint64_t>(s.st_size) != file.bytes || modified_ns(s) != file.modified_ns) {
-        fault = path + " changed while it was in use; load the model again";
-        return false;
-    }
-    if (s.st_nlink == 0) deleted_.store(true, std::memory_order_relaxed);
-    const uint64_t offset = slice.offset + static_cast<uint64_t>(job.expert) * slice.bytes;
-    const size_t lead = offset % kSector, wanted = lead + slice.bytes, size = rounded(wanted, kSector);
-    uint8_t * target = slice.converted() ? bounce : address(job) - lead;
+    uint8_t * target = slice.converted() ? bounce : address(job) - slice.lead(job.expert);
     if (target == nullptr) {
         fault = "no memory to read experts into";
         return false;
     }
-    for (size_t done = 0; done < wanted;) {
-        const ssize_t n = pread(file.fd, target + done, size - done, static_cast<off_t>(offset - lead + done));
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
-            fault = "cannot read expert " + std::to_string(job.expert) + " of " + slice.name + " from " + path + ": " +
-                    (n < 0 ? std::generic_category().message(errno) : std::string("the file ends before it"));
-            return false;
-        }
-        done += static_cast<size_t>(n);
-        if (done < wanted && done % kSector != 0) done -= done % kSector;  // unbuffered reads go on at whole sectors
-    }
+    if (!files_->read(slice, job.expert, target, fault)) return false;
+    const uint8_t * matrix = target + slice.file_lead(job.expert);
     if (!params_.checksums.empty()) {
         const auto number = static_cast<size_t>(&slice - params_.slices.data());
         const size_t place = number * static_cast<size_t>(params_.experts) + static_cast<size_t>(job.expert);
-        if (crc32c(target + lead, slice.bytes) != params_.checksums[place]) {
-            fault = "expert " + std::to_string(job.expert) + " of " + slice.name + " in " + path +
-                    " is damaged: it is not what its checksum was made of";
+        if (crc32c(matrix, slice.bytes) != params_.checksums[place]) {
+            fault = "expert " + std::to_string(job.expert) + " of " + slice.name + " is damaged: it is not what its checksum was made of";
             return false;
         }
     }
-#ifdef POSIX_FADV_DONTNEED
-    if (!direct_) posix_fadvise(file.fd, static_cast<off_t>(offset - lead), static_cast<off_t>(size), POSIX_FADV_DONTNEED);
-#endif
-    if (slice.converted()) pack(slice.type, slice.columns, slice.rows, bounce + lead, address(job));
+    if (slice.converted()) pack(slice.type, slice.columns, slice.rows, matrix, address(job));
     return true;
 }
 

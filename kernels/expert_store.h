@@ -22,31 +22,11 @@
 #include <unordered_map>
 #include <vector>
 
+#include "expert_files.h"
 #include "lookahead.h"
 #include "residency.h"
 
 namespace edgellm {
-
-constexpr size_t kSector = 4096;  // what unbuffered reads are aligned to
-
-// One stacked tensor of a layer.
-struct ExpertSlice {
-    std::string name;
-    int32_t type;
-    int64_t columns, rows;
-    int layer, index;   // MoE layers count from 0; `index` numbers the tensors of a layer
-    int file;           // expert e's matrix is at offset + e * bytes of this file
-    uint64_t offset, bytes;
-    bool packed;        // lies in memory as packed.h has it
-    bool stored_packed; // in the file, too
-
-    size_t start = 0, extent = 0;  // its part of a slot, in bytes; filled in by the store
-
-    bool converted() const { return packed && !stored_packed; }
-    size_t memory_bytes() const;
-    // Bytes from the start of its part to the matrix: unbuffered reads begin at whole sectors of the file.
-    size_t lead(int32_t expert) const { return converted() ? 0 : (offset + static_cast<uint64_t>(expert) * bytes) % kSector; }
-};
 
 struct ExpertStoreParams {
     int layers, experts;
@@ -66,9 +46,6 @@ struct ExpertStats {
     uint64_t reads, bytes;
     uint64_t stall_ns, read_ns;  // the first thread's waiting; time that readers spent in reads
 };
-
-// Bytes of memory that a matrix of this kind takes in a slot or a cell.
-size_t slice_extent(const ExpertSlice & slice);
 
 class ExpertStore {
   public:
@@ -135,8 +112,8 @@ class ExpertStore {
     uint64_t reads();                 // stats().reads
     std::vector<uint32_t> counts();   // (layers, experts): visits that needed each
     size_t resident_bytes();
-    bool deleted() const { return deleted_.load(std::memory_order_relaxed); }
-    bool direct() const { return direct_; }
+    bool deleted() const { return files_->deleted(); }
+    bool direct() const { return files_->direct(); }
 
     // Tensors that llama.cpp has placed here.
     void claim(const ExpertSlice &) { ++claimed_; }
@@ -158,11 +135,6 @@ class ExpertStore {
         };
         std::vector<Slot> content;
     };
-    struct File {
-        int fd = -1;
-        uint64_t bytes = 0;
-        int64_t modified_ns = 0;
-    };
     struct Job {
         const ExpertSlice * slice;
         int32_t expert;
@@ -174,7 +146,6 @@ class ExpertStore {
         return end <= rows.size() ? rows.data() + end - used : nullptr;
     }
     void lay_out();
-    void open_files();
     void close_all() noexcept;
     void start_visit(const ExpertSlice & slice, const int32_t * experts, size_t n);
     bool worth_reading(int32_t rank);
@@ -195,12 +166,11 @@ class ExpertStore {
     std::unordered_map<std::string, const ExpertSlice *> names_;
     std::vector<std::vector<const ExpertSlice *>> layers_;
     std::vector<Pool> pools_;
-    std::vector<File> files_;
+    std::unique_ptr<ExpertFiles> files_;
     size_t bounce_bytes_ = 0;
     uint8_t * stream_ = nullptr;
     size_t stream_mapped_ = 0;
     std::unique_ptr<std::atomic<State>[]> cells_;
-    bool direct_ = false;
     int claimed_ = 0;
 
     std::mutex mutex_;
@@ -219,7 +189,7 @@ class ExpertStore {
     std::vector<Record> records_;  // by rank: what came of reading ahead
     std::vector<uint32_t> counts_;
     std::string error_;
-    std::atomic<bool> failed_{false}, deleted_{false};
+    std::atomic<bool> failed_{false};
     std::vector<std::thread> readers_;
 
     // The running multiplication, touched by its first thread only (tasks_: read by all, between barriers).

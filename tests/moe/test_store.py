@@ -193,7 +193,7 @@ def test_what_does_not_fit_its_checksum_is_an_error(path: Path) -> None:
         for other in slices():
             assert len(fetched(store, other, [0, 2, 5])) == 3
         assert 3 not in fetched(store, piece, [1, 3])
-        assert "expert 3 of 1.Q8_0 in experts.bin is damaged" in store.take_error()
+        assert "expert 3 of 1.Q8_0 is damaged" in store.take_error()
         assert 2 in fetched(store, piece, [2])
 
 

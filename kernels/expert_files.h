@@ -1,0 +1,70 @@
+// The files that experts are read from: unbuffered where the file system allows it, and watched for changes.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace edgellm {
+
+constexpr size_t kSector = 4096;  // what unbuffered reads are aligned to
+
+// One stacked tensor of a layer.
+struct ExpertSlice {
+    std::string name;
+    int32_t type;
+    int64_t columns, rows;
+    int layer, index;   // MoE layers count from 0; `index` numbers the tensors of a layer
+    int file;           // expert e's matrix is at offset + e * bytes of this file
+    uint64_t offset, bytes;
+    bool packed;        // lies in memory as packed.h has it
+    bool stored_packed; // in the file, too
+
+    size_t start = 0, extent = 0;  // its part of a slot, in bytes; filled in by the store
+
+    bool converted() const { return packed && !stored_packed; }
+    size_t memory_bytes() const;
+    // Bytes from the start of its part to the matrix: unbuffered reads begin at whole sectors of the file.
+    size_t lead(int32_t expert) const { return converted() ? 0 : file_lead(expert); }
+    size_t file_lead(int32_t expert) const { return (offset + static_cast<uint64_t>(expert) * bytes) % kSector; }
+};
+
+// Bytes of memory that a matrix of this kind takes in a slot or a cell.
+size_t slice_extent(const ExpertSlice & slice);
+
+class ExpertFiles {
+  public:
+    // Opens them. `direct`: reads go past the page cache, where they can. Throws std::system_error.
+    ExpertFiles(std::vector<std::string> paths, bool direct);
+    ~ExpertFiles();
+    ExpertFiles(const ExpertFiles &) = delete;
+    ExpertFiles & operator=(const ExpertFiles &) = delete;
+
+    bool direct() const { return direct_; }
+    // Whether a file has lost its name. What is read is still what it was.
+    bool deleted() const { return deleted_.load(std::memory_order_relaxed); }
+    uint64_t bytes(int file) const { return files_[static_cast<size_t>(file)].bytes; }
+
+    // Reads an expert's matrix to `target`, at a sector's border, plus its lead in the file. False, and what is wrong in
+    // `fault`, for clients to see. Any thread.
+    bool read(const ExpertSlice & slice, int32_t expert, uint8_t * target, std::string & fault);
+
+  private:
+    struct File {
+        std::string name;
+        int fd = -1;
+        uint64_t bytes = 0;
+        int64_t modified_ns = 0;
+    };
+
+    bool unchanged(const File & file);
+    void close_all() noexcept;
+
+    std::vector<File> files_;
+    bool direct_;
+    std::atomic<bool> deleted_{false};
+};
+
+}  // namespace edgellm
