@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,12 +145,12 @@ def test_a_read_error_is_told_once_and_then_all_is_well(path: Path, slots: int) 
             assert store.failed
             assert fetched(store, slices()[1], [0, 1]) == {}  # until somebody has heard of it
             message = store.take_error()
-            assert "cannot read expert" in message
-            assert "of 0.Q8_0 from" in message
-            assert "Bad file descriptor" in message
+            assert re.fullmatch(
+                r"cannot read expert [0-3] of 0\.(Q8_0|F32) from experts\.bin: Bad file descriptor", message
+            )
             assert not store.failed
             fetched(store, first, [4])
-            assert "expert 4 of 0.Q8_0" in store.take_error()
+            assert "cannot read expert 4 of 0." in store.take_error()
         for piece in slices()[:2]:
             assert fetched(store, piece, [0, 1, 4]) == {e: expected(path, piece, e) for e in (0, 1, 4)}
         assert not store.failed
