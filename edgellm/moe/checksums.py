@@ -5,7 +5,6 @@ Made on the first start that asks for them, from the file as it is then, and kep
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from edgellm.backend.experts import crc32c
 from edgellm.errors import ModelLoadError
-from edgellm.models.files import write_atomic
+from edgellm.moe.arrays import read_array, write_array
 from edgellm.moe.layout import ExpertLayout
 
 Checksums = npt.NDArray[np.uint32]
@@ -28,23 +27,13 @@ def checksums_of(layout: ExpertLayout, path: Path) -> Checksums:
 
     Raises ModelLoadError if the model's file cannot be read, or `path` not be written.
     """
-    shape = (len(layout.slices), layout.experts)
-    try:
-        with path.open("rb") as file:
-            known = np.load(file, allow_pickle=False)
-        if known.shape == shape and known.dtype == np.uint32:
-            return np.asarray(known, np.uint32)
-        _log.warning("%s are the checksums of another model; they are made anew", path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError) as error:
-        _log.warning("%s cannot be read; the checksums are made anew: %s", path, error)
+    known = read_array(path, (len(layout.slices), layout.experts), np.uint32)
+    if known is not None:
+        return known
     _log.info("%s: reading %d MiB of experts for checksums, once", layout.files[0].name, layout.all_read_bytes >> 20)
     try:
         made = _make(layout)
-        buffer = io.BytesIO()
-        np.save(buffer, made, allow_pickle=False)
-        write_atomic(path, buffer.getvalue())
+        write_array(path, made)
     except OSError as error:
         raise ModelLoadError(f"checksums of {layout.files[0].name} cannot be made: {error.strerror or error}") from None
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.models.files import write_atomic
+from edgellm.moe.arrays import read_array, write_array
 from edgellm.moe.layout import ExpertLayout
 
 Profile = npt.NDArray[np.uint64]
@@ -21,25 +20,14 @@ _log = logging.getLogger(__name__)
 def read_profile(path: Path, layout: ExpertLayout) -> Profile:
     """(layers, experts): counts. Zeros if there is no file, or none of this shape."""
     shape = (layout.layers, layout.experts)
-    try:
-        with path.open("rb") as file:
-            counts = np.load(file, allow_pickle=False)
-        if counts.shape == shape and counts.dtype == np.uint64:
-            return np.asarray(counts, np.uint64)
-        _log.warning("%s is the profile of another model; it is begun anew", path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError) as error:
-        _log.warning("%s cannot be read and is begun anew: %s", path, error)
-    return np.zeros(shape, np.uint64)
+    found = read_array(path, shape, np.uint64)
+    return np.zeros(shape, np.uint64) if found is None else found
 
 
 def write_profile(path: Path, counts: Profile) -> None:
     """In one step. A profile that cannot be written is logged: it is a help, not a need."""
-    buffer = io.BytesIO()
-    np.save(buffer, counts, allow_pickle=False)
     try:
-        write_atomic(path, buffer.getvalue())
+        write_array(path, counts)
     except OSError as error:
         _log.warning("the routing profile %s cannot be written: %s", path, error)
 

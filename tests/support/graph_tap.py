@@ -1,7 +1,6 @@
 """Copies values out of llama.cpp's compute graph while it runs: hidden states, router logits, chosen experts.
 
 For tests and for scripts that look into a model; Python is called for every node, so it is no way to serve.
-The struct is that of ggml.h at the version that edgellm.backend.library expects.
 """
 
 from __future__ import annotations
@@ -15,30 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.backend.context import EvalCallback
+from edgellm.backend.host import Tensor
 
 _TYPES: dict[int, type[np.generic]] = {0: np.float32, 26: np.int32}  # enum ggml_type
 
 
-class _Tensor(ctypes.Structure):
-    """The head of `ggml_tensor`, up to its name."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-
-_Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(_Tensor), ctypes.c_bool, ctypes.c_void_p)
+_Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Tensor), ctypes.c_bool, ctypes.c_void_p)
 
 
 class GraphTap:
