@@ -37,7 +37,6 @@ TABLE: list[tuple[BaseException, int, str, str, str | None]] = [
     (errors.InvalidModelFileError("x"), 500, "server_error", "invalid_model_file", "model"),
     (errors.ModelLoadError("x"), 500, "server_error", "model_load_failed", "model"),
     (errors.ModelError("x"), 500, "server_error", "model_error", "model"),
-    (errors.InvalidTraceError("x"), 500, "server_error", "server_error", None),
     (errors.PullError("x"), 502, "server_error", "model_pull_failed", "model"),
     (
         errors.ModelTooLargeError("x", needed_bytes=9, budget_bytes=8),
@@ -93,7 +92,8 @@ def test_headers() -> None:
     assert http_error(errors.OverloadedError("x", retry_after_s=3)).headers == {"retry-after": "3"}
     assert "retry-after" in http_error(errors.ShuttingDownError("x")).headers
     assert http_error(errors.RequestTimeoutError("x")).headers == {"x-should-retry": "false"}
-    assert "retry-after" in http_error(TABLE[14][0]).headers
+    busy = errors.ModelTooLargeError("x", needed_bytes=7, budget_bytes=8, in_use_bytes=5)
+    assert "retry-after" in http_error(busy).headers
 
 
 @pytest.fixture(scope="module")
