@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -67,6 +68,15 @@ float * output_row(const Tensor * op, const Row & row) {
                                      static_cast<size_t>(row.token) * op->nb[2]);
 }
 
+// Nothing may be thrown through llama.cpp's threads: what is thrown here fails the step.
+template <class F> void guarded(ExpertStore & store, const F & run) {
+    try {
+        run();
+    } catch (const std::exception & error) {
+        store.fail(error.what());
+    }
+}
+
 int64_t pairs_of(const Tensor * op) { return op->src[2]->ne[0] * op->src[2]->ne[1]; }
 
 class Traits final : public TensorTraits {
@@ -110,10 +120,12 @@ class Traits final : public TensorTraits {
         ExpertStore & store = *space.store;
         Plan & plan = space.plan;
         if (first) {
-            if (gather(op, plan, slice.packed, store.route(slice.layer, static_cast<size_t>(op->src[2]->ne[0]))))
-                store.begin(slice, plan.needed.data(), plan.needed.size());
-            else
-                store.fail("the router chose experts that do not exist");
+            guarded(store, [&] {
+                if (gather(op, plan, slice.packed, store.route(slice.layer, static_cast<size_t>(op->src[2]->ne[0]))))
+                    store.begin(slice, plan.needed.data(), plan.needed.size());
+                else
+                    store.fail("the router chose experts that do not exist");
+            });
             plan.usable = !store.failed();
             store.next_chunk.store(0, std::memory_order_relaxed);
             if (!plan.usable) std::memset(op->data, 0, op->nb[2] * static_cast<size_t>(op->ne[2]));
@@ -123,14 +135,14 @@ class Traits final : public TensorTraits {
         uint8_t * activations = aligned(params.wdata);
         round(params, op, slice, plan, activations);
         barrier(params);
-        if (first && store.fresh_visit()) look_ahead(op, slice, store, plan);
+        if (first && store.fresh_visit()) guarded(store, [&] { look_ahead(op, slice, store, plan); });
         // After a failed read the waves go on without computing: the threads must meet at the same barriers.
         for (;;) {
             multiply_wave(params, op, slice, store, plan, activations);
             if (!store.more()) return;
             barrier(params);
             if (first) {
-                store.next();
+                guarded(store, [&] { store.next(); });
                 store.next_chunk.store(0, std::memory_order_relaxed);
             }
             barrier(params);
@@ -291,8 +303,11 @@ class Experts final : public ExtraBufferType {
         if (!is_paged(weight)) return false;
         if (weight->buffer->size != 0) return true;
         const ExpertSlice * slice = loading != nullptr ? loading->slice(weight->name) : nullptr;
-        return slice != nullptr && op->op == host().op_mul_mat_id && slice->type == weight->type && slice->columns == weight->ne[0] &&
-               slice->rows == weight->ne[1] && loading->params().experts == weight->ne[2] && weight->ne[3] == 1;
+        if (slice == nullptr) return false;
+        const bool fits = op->op == host().op_mul_mat_id && slice->type == weight->type && slice->columns == weight->ne[0] &&
+                          slice->rows == weight->ne[1] && loading->params().experts == weight->ne[2] && weight->ne[3] == 1;
+        if (!fits) loading->refuse(weight->name);
+        return fits;
     }
 
     TensorTraits * get_tensor_traits(const Tensor * op) override {

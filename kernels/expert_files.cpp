@@ -1,5 +1,6 @@
 #include "expert_files.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <system_error>
@@ -13,6 +14,12 @@
 
 namespace edgellm {
 namespace {
+
+#ifdef O_DIRECT
+constexpr bool kCanBeDirect = true;
+#else
+constexpr bool kCanBeDirect = false;
+#endif
 
 size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -46,27 +53,34 @@ bool reads_directly(int fd) {
 size_t ExpertSlice::memory_bytes() const { return packed ? packed_size(type, columns, rows) : bytes; }
 
 size_t slice_extent(const ExpertSlice & slice) {
-    return slice.converted() ? rounded(slice.memory_bytes(), kSector) : rounded(slice.bytes + kSector - 1, kSector);
+    return slice.packed ? rounded(slice.memory_bytes(), kSector) : rounded(slice.bytes + kSector - 1, kSector);
 }
 
-ExpertFiles::ExpertFiles(std::vector<std::string> paths, bool direct) : direct_(direct) {
+ExpertFiles::ExpertFiles(std::vector<std::string> paths, bool direct) : direct_(direct && kCanBeDirect) {
+    if (open_all(paths)) return;
+    close_all();  // one of them has no unbuffered reads: then none is read so
+    direct_ = false;
+    open_all(paths);
+}
+
+// False if a file cannot be read directly. Throws std::system_error, with the file's name, if it cannot be opened.
+bool ExpertFiles::open_all(const std::vector<std::string> & paths) {
     for (const std::string & path : paths) {
         File file{path.substr(path.find_last_of('/') + 1), open_file(path, direct_), 0, 0};
-        if (direct_ && (file.fd < 0 ? errno == EINVAL : !reads_directly(file.fd))) {
-            if (file.fd >= 0) close(file.fd);
-            direct_ = false;
-            file.fd = open_file(path, false);
-        }
+        const int why = errno;
+        const bool direct = file.fd >= 0 ? !direct_ || reads_directly(file.fd) : why != EINVAL || !direct_;
         struct stat s {};
         const bool known = file.fd >= 0 && fstat(file.fd, &s) == 0;
-        const int why = errno;
         file.bytes = static_cast<uint64_t>(s.st_size);
         file.modified_ns = modified_ns(s);
         files_.push_back(std::move(file));
+        if (!direct) return false;
         if (known) continue;
+        const std::string name = files_.back().name;
         close_all();
-        throw std::system_error(why, std::generic_category(), path);
+        throw std::system_error(why, std::generic_category(), name);
     }
+    return true;
 }
 
 ExpertFiles::~ExpertFiles() { close_all(); }
@@ -84,29 +98,33 @@ bool ExpertFiles::unchanged(const File & file) {
     return true;
 }
 
-bool ExpertFiles::read(const ExpertSlice & slice, int32_t expert, uint8_t * target, std::string & fault) {
-    const File & file = files_[static_cast<size_t>(slice.file)];
-    if (!unchanged(file)) {
-        fault = file.name + " changed while it was in use; load the model again";
-        return false;
-    }
-    const uint64_t offset = slice.offset + static_cast<uint64_t>(expert) * slice.bytes;
-    const size_t lead = slice.file_lead(expert), wanted = lead + slice.bytes, size = rounded(wanted, kSector);
-    for (size_t done = 0; done < wanted;) {
+bool ExpertFiles::read(int number, uint64_t offset, size_t bytes, uint8_t * target, std::string & fault) {
+    const File & file = files_[static_cast<size_t>(number)];
+    const size_t lead = offset % kSector, wanted = lead + bytes, size = rounded(wanted, kSector);
+    size_t done = 0;
+    int error = 0;
+    while (done < wanted && error == 0) {
         const ssize_t n = pread(file.fd, target + done, size - done, static_cast<off_t>(offset - lead + done));
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
-            fault = "cannot read expert " + std::to_string(expert) + " of " + slice.name + " from " + file.name + ": " +
-                    (n < 0 ? std::generic_category().message(errno) : std::string("the file ends before it"));
-            return false;
-        }
-        done += static_cast<size_t>(n);
-        if (done < wanted && done % kSector != 0) done -= done % kSector;  // unbuffered reads go on at whole sectors
+        error = n < 0 ? errno : 0;
+        size_t next = done + static_cast<size_t>(std::max<ssize_t>(n, 0));
+        if (direct_ && next < wanted) next -= next % kSector;  // unbuffered reads go on at whole sectors
+        if (next == done) break;
+        done = next;
     }
 #ifdef POSIX_FADV_DONTNEED
     if (!direct_) posix_fadvise(file.fd, static_cast<off_t>(offset - lead), static_cast<off_t>(size), POSIX_FADV_DONTNEED);
 #endif
-    return true;
+    fault = "from " + file.name + ": ";
+    if (error != 0)
+        fault += std::generic_category().message(error);
+    else if (!unchanged(file))  // looked at afterwards: what was changed before or during the read is noticed
+        fault += "it changed while it was in use; load the model again";
+    else if (done < wanted)
+        fault += "it ends before that";
+    else
+        fault.clear();
+    return fault.empty();
 }
 
 }  // namespace edgellm

@@ -17,18 +17,18 @@ struct ExpertSlice {
     int32_t type;
     int64_t columns, rows;
     int layer, index;   // MoE layers count from 0; `index` numbers the tensors of a layer
-    int file;           // expert e's matrix is at offset + e * bytes of this file
-    uint64_t offset, bytes;
-    bool packed;        // lies in memory as packed.h has it
-    bool stored_packed; // in the file, too
+    int file;
+    uint64_t offset, bytes;  // of expert 0's matrix in the file, and of each
+    uint64_t stride;         // from one expert's matrix to the next one's
+    bool packed;             // lies in memory as packed.h has it
 
     size_t start = 0, extent = 0;  // its part of a slot, in bytes; filled in by the store
 
-    bool converted() const { return packed && !stored_packed; }
     size_t memory_bytes() const;
+    uint64_t offset_of(int32_t expert) const { return offset + static_cast<uint64_t>(expert) * stride; }
+    size_t file_lead(int32_t expert) const { return offset_of(expert) % kSector; }
     // Bytes from the start of its part to the matrix: unbuffered reads begin at whole sectors of the file.
-    size_t lead(int32_t expert) const { return converted() ? 0 : file_lead(expert); }
-    size_t file_lead(int32_t expert) const { return (offset + static_cast<uint64_t>(expert) * bytes) % kSector; }
+    size_t lead(int32_t expert) const { return packed ? 0 : file_lead(expert); }
 };
 
 // Bytes of memory that a matrix of this kind takes in a slot or a cell.
@@ -47,9 +47,9 @@ class ExpertFiles {
     bool deleted() const { return deleted_.load(std::memory_order_relaxed); }
     uint64_t bytes(int file) const { return files_[static_cast<size_t>(file)].bytes; }
 
-    // Reads an expert's matrix to `target`, at a sector's border, plus its lead in the file. False, and what is wrong in
-    // `fault`, for clients to see. Any thread.
-    bool read(const ExpertSlice & slice, int32_t expert, uint8_t * target, std::string & fault);
+    // Reads `bytes` from `offset` of a file to `target`, at a sector's border, plus offset % kSector. False, and what is
+    // wrong in `fault`, for clients to see. Any thread.
+    bool read(int file, uint64_t offset, size_t bytes, uint8_t * target, std::string & fault);
 
   private:
     struct File {
@@ -59,6 +59,7 @@ class ExpertFiles {
         int64_t modified_ns = 0;
     };
 
+    bool open_all(const std::vector<std::string> & paths);
     bool unchanged(const File & file);
     void close_all() noexcept;
 

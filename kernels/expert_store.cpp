@@ -2,15 +2,12 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <system_error>
 
 #include <sys/mman.h>
 
-#include "crc32c.h"
-#include "packed.h"
 
 namespace edgellm {
 namespace {
@@ -22,11 +19,6 @@ constexpr size_t kMostAhead = 64;  // matrices that wait to be read ahead
 constexpr int32_t kRecordStart = 32, kWorthPercent = 60, kRecordEnd = 512, kRetry = 32;
 
 size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-uint64_t now_ns() {
-    return static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
-}
 
 // Address space in huge pages where there are any; it takes memory when it is written to.
 uint8_t * reserve(size_t size) {
@@ -45,7 +37,7 @@ ExpertStore::ExpertStore(ExpertStoreParams params) : params_(std::move(params)) 
     try {
         files_ = std::make_unique<ExpertFiles>(params_.files, params_.direct);
         for (const ExpertSlice & slice : params_.slices)
-            if (slice.offset + slice.bytes * static_cast<uint64_t>(params_.experts) > files_->bytes(slice.file))
+            if (slice.offset_of(params_.experts - 1) + slice.bytes > files_->bytes(slice.file))
                 throw std::invalid_argument(slice.name + " reaches beyond the end of its file");
         for (Pool & pool : pools_) {
             pool.mapped_bytes = rounded(std::max<size_t>(pool.slot_bytes * static_cast<size_t>(pool.slots), 1), kHugePage);
@@ -65,6 +57,8 @@ ExpertStore::~ExpertStore() { close_all(); }
 
 void ExpertStore::lay_out() {
     layers_.resize(static_cast<size_t>(params_.layers));
+    claimed_.assign(layers_.size(), 0);
+    bounce_bytes_ = bounce_bytes(params_.slices);
     counts_.assign(layers_.size() * static_cast<size_t>(params_.experts), 0);
     pools_.resize(params_.slots.size());
     size_t largest = 0;
@@ -77,7 +71,7 @@ void ExpertStore::lay_out() {
         layer.push_back(&slice);
         names_[slice.name] = &slice;
         largest = std::max(largest, slice.extent);
-        if (slice.converted()) bounce_bytes_ = std::max(bounce_bytes_, rounded(slice.bytes + kSector - 1, kSector));
+        if (slice.file < 0 || static_cast<size_t>(slice.file) >= params_.files.size()) throw std::invalid_argument("a slice of no file");
     }
     for (size_t l = 0; l < layers_.size(); ++l) {
         if (layers_[l].empty() || layers_[l].size() > 32) throw std::invalid_argument("a layer has between 1 and 32 slices");
@@ -139,24 +133,30 @@ void ExpertStore::begin(const ExpertSlice & slice, const int32_t * experts, size
             streamed_.push_back(experts[i]);
             continue;
         }
-        const Job job{&slice, experts[i], slot};
+        const Job job{&slice, experts[i], slot, Urgency::now};
         const State now = state(job).load(std::memory_order_relaxed);
-        if (now == State::queued)
+        if (now == State::queued) {
             promote(slice, experts[i], slot);
-        else if (now == State::absent)
-            request(slice, experts[i], slot, true);
+        } else if (now == State::absent) {
+            request(slice, experts[i], slot, Urgency::now);
+        } else if (now == State::reading) {
+            pools_[static_cast<size_t>(params_.pools[static_cast<size_t>(slice.layer)])].content[static_cast<size_t>(slot)].wanted = true;
+        } else if (now == State::failed) {  // ahead of the step, which needs it
+            error_ = ahead_error_;
+            failed_.store(true, std::memory_order_release);
+            return;
+        }
         tasks_.push_back({experts[i], address(job), &state(job)});
     }
     std::stable_partition(tasks_.begin(), tasks_.end(),
                           [](const Task & t) { return t.state->load(std::memory_order_relaxed) == State::ready; });
     if (!streamed_.empty()) {
         stats_.streamed += fresh_ ? streamed_.size() : 0;
-        cell_count_ = std::max<size_t>(2, params_.stream_bytes / slice.extent);
-        half_ = cell_count_ / 2;
+        half_ = std::max<size_t>(2, params_.stream_bytes / slice.extent) / 2;
         stream_half();
         stream_half();
     }
-    if (!urgent_.empty()) work_.notify_all();  // waking readers for nothing cost a tenth of a step
+    if (!queue(Urgency::now).empty()) work_.notify_all();  // waking readers for nothing cost a tenth of a step
 }
 
 bool ExpertStore::next() {
@@ -171,10 +171,10 @@ bool ExpertStore::next() {
     const size_t end = std::min(streamed_at_ + half_, streamed_.size());
     for (; streamed_at_ < end; ++streamed_at_) {
         const size_t cell = streamed_at_ % (2 * half_);
-        const Job job{current_, streamed_[streamed_at_], ~static_cast<int32_t>(cell)};
+        const Job job{current_, streamed_[streamed_at_], ~static_cast<int32_t>(cell), Urgency::now};
         tasks_.push_back({job.expert, address(job), &state(job)});
     }
-    if (!urgent_.empty()) work_.notify_all();
+    if (!queue(Urgency::now).empty()) work_.notify_all();
     return true;
 }
 
@@ -182,9 +182,9 @@ bool ExpertStore::next() {
 void ExpertStore::stream_half() {
     const size_t end = std::min(requested_ + half_, streamed_.size());
     for (; requested_ < end; ++requested_) {
-        const Job job{current_, streamed_[requested_], ~static_cast<int32_t>(requested_ % (2 * half_))};
+        const Job job{current_, streamed_[requested_], ~static_cast<int32_t>(requested_ % (2 * half_)), Urgency::now};
         state(job).store(State::queued, std::memory_order_relaxed);
-        urgent_.push_back(job);
+        queue(Urgency::now).push_back(job);
     }
 }
 
@@ -199,7 +199,6 @@ void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts
     stats_.needed += n;
     for (size_t i = 0; i < n; ++i) ++counts_[layer * static_cast<size_t>(params_.experts) + static_cast<size_t>(experts[i])];
     const std::vector<Residency::Load> & loads = residency_->visit(layer_, experts, n);
-    stats_.loads += loads.size();
     for (const Residency::Load & load : loads) occupy(pool, load, layer_, false);
     for (size_t i = 0; i < n; ++i) {
         const int slot = residency_->slot_of(layer_, experts[i]);
@@ -207,18 +206,19 @@ void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts
         Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(slot)];
         if (content.prefetched) {
             content.prefetched = false;
-            ++stats_.prefetch_used;
+            ++(content.counted ? stats_.prefetch_used : stats_.loads);
             judge(content, true);
         } else {
             ++stats_.hits;
         }
     }
     stats_.hits -= loads.size();
+    stats_.loads += loads.size();
     // The matrices of this multiplication first, of all the experts; then those of the ones that follow.
-    for (const Residency::Load & load : loads) request(slice, load.expert, load.slot, true);
+    for (const Residency::Load & load : loads) request(slice, load.expert, load.slot, Urgency::now);
     for (const ExpertSlice * other : layers_[layer])
         if (other != &slice)
-            for (const Residency::Load & load : loads) request(*other, load.expert, load.slot, true);
+            for (const Residency::Load & load : loads) request(*other, load.expert, load.slot, Urgency::now);
 }
 
 void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int limit, const int32_t * ranks) {
@@ -230,21 +230,32 @@ void ExpertStore::prefetch(int layer, const int32_t * experts, size_t n, int lim
         if (ranks == nullptr || residency_->slot_of(layer, experts[i]) >= 0 || worth_reading(ranks[i])) worth_.push_back(experts[i]);
     const std::vector<Residency::Load> loads = residency_->prefetch(layer, worth_.data(), worth_.size(), static_cast<size_t>(limit));
     if (worth_.size() < n) residency_->prefetch(layer, experts, n, 0);  // all of them are foreseen, nevertheless
-    stats_.prefetched += loads.size();
     for (const Residency::Load & load : loads) {
         occupy(pool, load, layer, true);
         if (ranks != nullptr) {
             const auto rank = ranks[std::find(experts, experts + n, load.expert) - experts];
             pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(load.slot)].rank = static_cast<int16_t>(rank);
         }
-        for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)]) request(*slice, load.expert, load.slot, false);
+        for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)]) request(*slice, load.expert, load.slot, Urgency::ahead);
+    }
+    if (!loads.empty()) work_.notify_all();
+}
+
+void ExpertStore::preload(int layer, const int32_t * experts, size_t n) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failed()) return;
+    const int pool = params_.pools[static_cast<size_t>(layer)];
+    const std::vector<Residency::Load> & loads = residency_->preload(layer, experts, n);
+    for (const Residency::Load & load : loads) {
+        occupy(pool, load, layer, false);
+        for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)]) request(*slice, load.expert, load.slot, Urgency::idle);
     }
     if (!loads.empty()) work_.notify_all();
 }
 
 bool ExpertStore::idle() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return ahead_.size() < kMostAhead;
+    return queue(Urgency::ahead).size() < kMostAhead;
 }
 
 void ExpertStore::set_route(std::vector<int32_t> route, std::vector<int32_t> foreseen) {
@@ -282,98 +293,64 @@ void ExpertStore::judge(const Pool::Slot & content, bool used) {
 
 // The layer's turn has come: what was to be read ahead for it, is not needed, and has not begun, is not read.
 void ExpertStore::drop_stale(int layer, const int32_t * experts, size_t n) {
-    if (ahead_.empty()) return;
+    std::deque<Job> & ahead = queue(Urgency::ahead);
+    if (ahead.empty()) return;
     const int pool = params_.pools[static_cast<size_t>(layer)];
     Pool & p = pools_[static_cast<size_t>(pool)];
     const auto parts = static_cast<int>(layers_[static_cast<size_t>(layer)].size());
     const auto stale = [&](const Job & job) {
         return job.slice->layer == layer && std::find(experts, experts + n, job.expert) == experts + n &&
-               p.content[static_cast<size_t>(job.place)].pending == parts &&
-               state({layers_[static_cast<size_t>(layer)].front(), job.expert, job.place}).load(std::memory_order_relaxed) ==
-                   State::queued;
+               p.content[static_cast<size_t>(job.place)].pending == parts && !p.content[static_cast<size_t>(job.place)].counted;
     };
     std::vector<Job> dropped;
-    for (const Job & job : ahead_)
+    for (const Job & job : ahead)
         if (job.slice->index == 0 && stale(job)) dropped.push_back(job);
     for (const Job & job : dropped) {
-        ahead_.erase(std::remove_if(ahead_.begin(), ahead_.end(),
-                                    [&](const Job & other) { return other.slice->layer == layer && other.expert == job.expert; }),
-                     ahead_.end());
+        ahead.erase(std::remove_if(ahead.begin(), ahead.end(),
+                                   [&](const Job & other) { return other.slice->layer == layer && other.expert == job.expert; }),
+                    ahead.end());
         for (const ExpertSlice * slice : layers_[static_cast<size_t>(layer)])
             slot_state(*slice, job.place).store(State::absent, std::memory_order_relaxed);
         p.content[static_cast<size_t>(job.place)] = {};
         residency_->set_busy(pool, job.place, false);
         residency_->forget(layer, job.expert);
-        --stats_.prefetched;
     }
 }
 
 void ExpertStore::occupy(int pool, const Residency::Load & load, int layer, bool prefetched) {
     Pool & p = pools_[static_cast<size_t>(pool)];
     Pool::Slot & content = p.content[static_cast<size_t>(load.slot)];
-    if (content.prefetched) {
+    if (content.prefetched && content.counted) {
         ++stats_.prefetch_wasted;
         judge(content, false);
     }
-    content = {layer, load.expert, 0, prefetched, false};
+    content = {};
+    content.layer = layer;
+    content.expert = load.expert;
+    content.prefetched = prefetched;
     for (int part = 0; part < p.parts; ++part)
         p.states[static_cast<size_t>(load.slot * p.parts + part)].store(State::absent, std::memory_order_relaxed);
 }
 
-void ExpertStore::request(const ExpertSlice & slice, int32_t expert, int slot, bool urgent) {
+void ExpertStore::request(const ExpertSlice & slice, int32_t expert, int slot, Urgency urgency) {
     const int pool = params_.pools[static_cast<size_t>(slice.layer)];
     Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(slot)];
     if (content.pending++ == 0) residency_->set_busy(pool, slot, true);
     slot_state(slice, slot).store(State::queued, std::memory_order_relaxed);
-    (urgent ? urgent_ : ahead_).push_back({&slice, expert, slot});
+    queue(urgency).push_back({&slice, expert, slot, urgency});
 }
 
-// What was to be read ahead is needed now.
+// What was to be read ahead, or some time, is needed now.
 void ExpertStore::promote(const ExpertSlice & slice, int32_t expert, int slot) {
     const auto wanted = [&](const Job & job) { return job.slice == &slice && job.expert == expert && job.place == slot; };
-    const auto found = std::find_if(ahead_.begin(), ahead_.end(), wanted);
-    if (found == ahead_.end()) return;
-    urgent_.push_back(*found);
-    ahead_.erase(found);
-}
-
-bool ExpertStore::wait(const Task & task, bool counts) {
-    State now = task.state->load(std::memory_order_acquire);
-    if (now == State::ready) return true;
-    const uint64_t started = counts ? now_ns() : 0;
-    std::unique_lock<std::mutex> lock(mutex_);
-    ++waiting_;
-    arrived_.wait(lock, [&] {
-        now = task.state->load(std::memory_order_acquire);
-        return now == State::ready || now == State::failed || failed();
-    });
-    --waiting_;
-    if (counts) stats_.stall_ns += now_ns() - started;
-    return now == State::ready;
-}
-
-void ExpertStore::fail(const std::string & message) {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (error_.empty()) error_ = message;
-        failed_.store(true, std::memory_order_release);
+    for (const Urgency urgency : {Urgency::ahead, Urgency::idle}) {
+        std::deque<Job> & jobs = queue(urgency);
+        const auto found = std::find_if(jobs.begin(), jobs.end(), wanted);
+        if (found == jobs.end()) continue;
+        queue(Urgency::now).push_back({&slice, expert, slot, Urgency::now});
+        jobs.erase(found);
+        return;
     }
-    arrived_.notify_all();
-}
-
-std::string ExpertStore::take_error() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    // Nobody waits for what is still queued, and it would fail for the same reason; what is being read must end first.
-    for (std::deque<Job> * queue : {&urgent_, &ahead_}) {
-        for (const Job & job : *queue) finish(job, State::absent);
-        queue->clear();
-    }
-    arrived_.wait(lock, [&] { return reading_ == 0; });
-    std::string message;
-    message.swap(error_);
-    failed_.store(false, std::memory_order_release);
-    layer_ = -1;
-    return message;
 }
 
 ExpertStats ExpertStore::stats() {
@@ -397,95 +374,6 @@ size_t ExpertStore::resident_bytes() {
     for (const Pool & pool : pools_)
         for (const Pool::Slot & slot : pool.content) total += slot.layer >= 0 ? pool.slot_bytes : 0;
     return total;
-}
-
-// --- reading
-
-void ExpertStore::work() {
-    uint8_t * bounce = nullptr;
-    if (bounce_bytes_ != 0) {
-        void * p = nullptr;
-        if (posix_memalign(&p, kSector, bounce_bytes_) == 0) bounce = static_cast<uint8_t *>(p);
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-        work_.wait(lock, [&] { return stop_ || !urgent_.empty() || !ahead_.empty(); });
-        if (stop_) break;
-        std::deque<Job> & queue = urgent_.empty() ? ahead_ : urgent_;
-        const Job job = queue.front();
-        queue.pop_front();
-        state(job).store(State::reading, std::memory_order_relaxed);
-        ++reading_;
-        lock.unlock();
-        std::string fault;
-        const uint64_t started = now_ns();
-        const bool ok = read(job, bounce, fault);
-        const uint64_t took = now_ns() - started;
-        lock.lock();
-        stats_.read_ns += took;
-        if (ok) {
-            stats_.reads += 1;
-            stats_.bytes += job.slice->bytes;
-        } else {
-            if (error_.empty()) error_ = fault;
-            failed_.store(true, std::memory_order_release);
-        }
-        --reading_;
-        finish(job, ok ? State::ready : State::failed);
-        if (waiting_ > 0 || failed()) arrived_.notify_all();
-    }
-    free(bounce);
-}
-
-void ExpertStore::finish(const Job & job, State end) {
-    state(job).store(end, std::memory_order_release);
-    if (job.place < 0) return;
-    const int pool = params_.pools[static_cast<size_t>(job.slice->layer)];
-    Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(job.place)];
-    content.failed = content.failed || end != State::ready;
-    if (--content.pending > 0) return;
-    residency_->set_busy(pool, job.place, false);
-    if (content.failed) {
-        residency_->forget(content.layer, content.expert);
-        content = {};
-    }
-}
-
-bool ExpertStore::read(const Job & job, uint8_t * bounce, std::string & fault) {
-    const ExpertSlice & slice = *job.slice;
-    uint8_t * target = slice.converted() ? bounce : address(job) - slice.lead(job.expert);
-    if (target == nullptr) {
-        fault = "no memory to read experts into";
-        return false;
-    }
-    if (!files_->read(slice, job.expert, target, fault)) return false;
-    const uint8_t * matrix = target + slice.file_lead(job.expert);
-    if (!params_.checksums.empty()) {
-        const auto number = static_cast<size_t>(&slice - params_.slices.data());
-        const size_t place = number * static_cast<size_t>(params_.experts) + static_cast<size_t>(job.expert);
-        if (crc32c(matrix, slice.bytes) != params_.checksums[place]) {
-            fault = "expert " + std::to_string(job.expert) + " of " + slice.name + " is damaged: it is not what its checksum was made of";
-            return false;
-        }
-    }
-    if (slice.converted()) pack(slice.type, slice.columns, slice.rows, matrix, address(job));
-    return true;
-}
-
-uint8_t * ExpertStore::address(const Job & job) const {
-    const ExpertSlice & slice = *job.slice;
-    if (job.place < 0) return stream_ + static_cast<size_t>(~job.place) * slice.extent + slice.lead(job.expert);
-    const Pool & pool = pools_[static_cast<size_t>(params_.pools[static_cast<size_t>(slice.layer)])];
-    return pool.base + static_cast<size_t>(job.place) * pool.slot_bytes + slice.start + slice.lead(job.expert);
-}
-
-std::atomic<ExpertStore::State> & ExpertStore::slot_state(const ExpertSlice & slice, int slot) {
-    const Pool & pool = pools_[static_cast<size_t>(params_.pools[static_cast<size_t>(slice.layer)])];
-    return pool.states[static_cast<size_t>(slot * pool.parts + slice.index)];
-}
-
-std::atomic<ExpertStore::State> & ExpertStore::state(const Job & job) {
-    return job.place < 0 ? cells_[static_cast<size_t>(~job.place)] : slot_state(*job.slice, job.place);
 }
 
 }  // namespace edgellm

@@ -47,6 +47,9 @@ struct ExpertStats {
     uint64_t stall_ns, read_ns;  // the first thread's waiting; time that readers spent in reads
 };
 
+// Memory that a reader takes for what it does not read straight into its place.
+size_t bounce_bytes(const std::vector<ExpertSlice> & slices);
+
 class ExpertStore {
   public:
     enum class State : uint8_t { absent, queued, reading, ready, failed };
@@ -78,6 +81,8 @@ class ExpertStore {
     // The coming visit of the layer will likely need these, most likely first: at most `limit` are read ahead. With
     // `ranks`, the place of each in the router's order, those of ranks that have mostly been wrong are not read.
     void prefetch(int layer, const int32_t * experts, size_t n, int limit, const int32_t * ranks = nullptr);
+    // Fills free slots with these, the first of them first, while there is nothing else to read.
+    void preload(int layer, const int32_t * experts, size_t n);
     // Whether `begin` was the first of a layer's visit.
     bool fresh_visit() const { return fresh_; }
 
@@ -115,9 +120,11 @@ class ExpertStore {
     bool deleted() const { return files_->deleted(); }
     bool direct() const { return files_->direct(); }
 
-    // Tensors that llama.cpp has placed here.
-    void claim(const ExpertSlice &) { ++claimed_; }
-    int claimed() const { return claimed_; }
+    // Tensors that llama.cpp has placed here, while a model is loaded; and those it wanted to use in another way.
+    void claim(const ExpertSlice & slice) { claimed_[static_cast<size_t>(slice.layer)] = 1; }
+    const std::vector<uint8_t> & claimed() const { return claimed_; }  // (layers,)
+    void refuse(const std::string & name) { refused_ = name; }
+    const std::string & refused() const { return refused_; }
 
     std::atomic<int64_t> next_chunk{0};  // of the running multiplication
 
@@ -130,15 +137,20 @@ class ExpertStore {
         struct Slot {
             int32_t layer = -1, expert = -1;
             int16_t pending = 0;  // reads that are queued or running
-            bool prefetched = false, failed = false;
+            bool prefetched = false;  // and not needed since
+            bool counted = false;     // as prefetched: its first read has begun
+            bool wanted = false;      // by the running step: a read that fails fails the step
+            bool failed = false;
             int16_t rank = -1;  // in the prediction that it was read for
         };
         std::vector<Slot> content;
     };
+    enum class Urgency : uint8_t { now, ahead, idle };
     struct Job {
         const ExpertSlice * slice;
         int32_t expert;
         int32_t place;  // a slot; ~cell for a cell of the streaming area
+        Urgency urgency;
     };
 
     static const int32_t * row_of(const std::vector<int32_t> & rows, int layer, size_t used) {
@@ -152,12 +164,17 @@ class ExpertStore {
     void judge(const Pool::Slot & content, bool used);
     void drop_stale(int layer, const int32_t * experts, size_t n);
     void occupy(int pool, const Residency::Load & load, int layer, bool prefetched);
-    void request(const ExpertSlice & slice, int32_t expert, int slot, bool urgent);
+    void request(const ExpertSlice & slice, int32_t expert, int slot, Urgency urgency);
     void promote(const ExpertSlice & slice, int32_t expert, int slot);
     void stream_half();
+    std::deque<Job> & queue(Urgency urgency) { return queues_[static_cast<size_t>(urgency)]; }
     void work();
+    bool any_queued() const;
+    void take(std::vector<Job> & jobs);
+    void give_up(const std::vector<Job> & jobs, const std::string & fault);
     void finish(const Job & job, State end);
-    bool read(const Job & job, uint8_t * bounce, std::string & fault);
+    bool read(const std::vector<Job> & jobs, uint8_t * bounce, std::string & fault);
+    bool deliver(const Job & job, const uint8_t * matrix, std::string & fault);
     uint8_t * address(const Job & job) const;
     std::atomic<State> & state(const Job & job);
     std::atomic<State> & slot_state(const ExpertSlice & slice, int slot);
@@ -171,7 +188,8 @@ class ExpertStore {
     uint8_t * stream_ = nullptr;
     size_t stream_mapped_ = 0;
     std::unique_ptr<std::atomic<State>[]> cells_;
-    int claimed_ = 0;
+    std::vector<uint8_t> claimed_;
+    std::string refused_;
 
     std::mutex mutex_;
     std::condition_variable work_, arrived_;
@@ -181,7 +199,7 @@ class ExpertStore {
     std::unique_ptr<Lookahead> lookahead_;
     bool ahead_on_ = false, log_on_ = false;
     std::vector<int32_t> log_, route_, foreseen_, worth_;
-    std::deque<Job> urgent_, ahead_;
+    std::deque<Job> queues_[3];  // by urgency
     ExpertStats stats_{};
     struct Record {
         int32_t used = 0, wasted = 0, skipped = 0;
@@ -189,6 +207,7 @@ class ExpertStore {
     std::vector<Record> records_;  // by rank: what came of reading ahead
     std::vector<uint32_t> counts_;
     std::string error_;
+    std::string ahead_error_;  // why the last read that nobody waited for has failed
     std::atomic<bool> failed_{false};
     std::vector<std::thread> readers_;
 
@@ -199,7 +218,7 @@ class ExpertStore {
     bool fresh_ = false;
     std::vector<Task> tasks_;
     std::vector<int32_t> streamed_;
-    size_t streamed_at_ = 0, requested_ = 0, cell_count_ = 0, half_ = 0;
+    size_t streamed_at_ = 0, requested_ = 0, half_ = 0;
 };
 
 }  // namespace edgellm

@@ -71,6 +71,12 @@ nb::list fetch(ExpertStore & self, const std::string & name, const std::vector<i
     return found;
 }
 
+void check_experts(ExpertStore & self, int layer, const std::vector<int32_t> & experts) {
+    if (layer < 0 || layer >= self.params().layers) throw std::invalid_argument("no such layer");
+    for (const int32_t e : experts)
+        if (e < 0 || e >= self.params().experts) throw std::invalid_argument("no such expert");
+}
+
 using Weights = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using RouterParts = std::tuple<Weights, Weights, Weights, bool>;
 
@@ -93,9 +99,9 @@ void set_routers(ExpertStore & self, const std::vector<RouterParts> & parts, int
 void bind_experts(nb::module_ & m) {
     nb::class_<ExpertSlice>(m, "ExpertSlice", "One stacked tensor of a MoE layer.")
         .def("__init__", [](ExpertSlice * self, std::string name, int32_t type, int64_t columns, int64_t rows, int layer, int file,
-                            uint64_t offset, uint64_t bytes, bool packed, bool stored_packed) {
-            new (self) ExpertSlice{std::move(name), type, columns, rows, layer, 0, file, offset, bytes, packed, stored_packed, 0, 0};
-        }, "name"_a, nb::kw_only(), "type"_a, "columns"_a, "rows"_a, "layer"_a, "file"_a, "offset"_a, "bytes"_a, "packed"_a, "stored_packed"_a)
+                            uint64_t offset, uint64_t bytes, uint64_t stride, bool packed) {
+            new (self) ExpertSlice{std::move(name), type, columns, rows, layer, 0, file, offset, bytes, stride, packed, 0, 0};
+        }, "name"_a, nb::kw_only(), "type"_a, "columns"_a, "rows"_a, "layer"_a, "file"_a, "offset"_a, "bytes"_a, "stride"_a, "packed"_a)
         .def_prop_ro("extent", &slice_extent, "Bytes of memory for one expert's matrix, in a slot or a cell.");
     nb::class_<ExpertStore>(m, "ExpertStore", "Experts that are read from files when they are needed (kernels/expert_store.h).")
         .def("__init__", &make_store, nb::kw_only(), "layers"_a, "experts"_a, "slices"_a, "files"_a, "pools"_a, "slots"_a,
@@ -105,14 +111,17 @@ void bind_experts(nb::module_ & m) {
         .def_prop_ro("failed", &ExpertStore::failed)
         .def_prop_ro("deleted", &ExpertStore::deleted)
         .def_prop_ro("direct", &ExpertStore::direct)
-        .def_prop_ro("claimed", &ExpertStore::claimed)
+        .def_prop_ro("claimed", &ExpertStore::claimed, "(layers,): whether llama.cpp has placed the layer here.")
+        .def_prop_ro("refused", &ExpertStore::refused, "A tensor that llama.cpp uses in a way that cannot be paged, or nothing.")
         .def("take_error", &ExpertStore::take_error, nb::call_guard<nb::gil_scoped_release>())
         .def("prefetch", [](ExpertStore & self, int layer, const std::vector<int32_t> & experts, int limit) {
-            if (layer < 0 || layer >= self.params().layers) throw std::invalid_argument("no such layer");
-            for (const int32_t e : experts)
-                if (e < 0 || e >= self.params().experts) throw std::invalid_argument("no such expert");
+            check_experts(self, layer, experts);
             self.prefetch(layer, experts.data(), experts.size(), limit);
         }, "layer"_a, "experts"_a, "limit"_a)
+        .def("preload", [](ExpertStore & self, int layer, const std::vector<int32_t> & experts) {
+            check_experts(self, layer, experts);
+            self.preload(layer, experts.data(), experts.size());
+        }, "layer"_a, "experts"_a)
         .def("set_routers", &set_routers, "routers"_a, "used"_a, "width"_a,
              "Routers as (weights, bias, selection bias, sigmoid), one for each layer; weights of no size: not known.")
         .def("set_ahead", &ExpertStore::set_ahead, "on"_a, "Whether experts are read ahead, from the next step on.")
@@ -123,6 +132,7 @@ void bind_experts(nb::module_ & m) {
         .def("counts", [](ExpertStore & self) { return owned(new std::vector<uint32_t>(self.counts())); })
         .def_prop_ro("reads", &ExpertStore::reads)
         .def("fetch", &fetch, "name"_a, "experts"_a);
+    m.def("reader_bytes", &bounce_bytes, "slices"_a, "Memory that a reader takes for what it does not read straight into its place.");
     m.def("crc32c", [](const nb::bytes & data) { return crc32c(reinterpret_cast<const uint8_t *>(data.c_str()), data.size()); },
           "data"_a, "CRC-32C of bytes.");
     m.def("set_expert_store", &set_expert_store, "store"_a.none(),

@@ -1,7 +1,7 @@
 // Which experts the coming layers will choose: their routers, applied now to the input of this layer's router.
 //
 // Hidden states change little from layer to layer, so the next layer's router mostly chooses from today's state what it
-// will choose from tomorrow's ("Fate", arXiv 2502.12224; measured in docs/moe.md). Distance 0, a layer's own router on its
+// will choose from tomorrow's ("Fate", arXiv 2502.12224; measured in docs/benchmarks.md). Distance 0, a layer's own router on its
 // own input, must choose what the layer chose: it is the check that the input is the router's at all, which it is not
 // in every architecture.
 #pragma once

@@ -25,8 +25,8 @@ template <class T> bool goes_first(const T & a, const T & b) { return a.due != b
 }  // namespace
 
 Residency::Residency(int layers, int experts, std::vector<int32_t> pools, const std::vector<int32_t> & slots)
-    : layers_(layers), experts_(experts), pool_of_(std::move(pools)), expected_(kPriorRepeats), repeated_(kPriorRepeats), promised_(kPriorExperts), kept_(kPredictedUsed),
-      others_(kPriorExperts), missed_(kOthersUsed) {
+    : layers_(layers), experts_(experts), pool_of_(std::move(pools)), expected_(kPriorRepeats), repeated_(kPriorRepeats),
+      promised_(kPriorExperts), kept_(kPredictedUsed), others_(kPriorExperts), missed_(kOthersUsed) {
     if (layers < 1 || experts < 1) throw std::invalid_argument("there must be a layer and an expert");
     if (pool_of_.size() != static_cast<size_t>(layers)) throw std::invalid_argument("every layer needs one of the pools");
     std::vector<int64_t> most(slots.size(), 0);
@@ -116,6 +116,19 @@ const std::vector<Residency::Load> & Residency::prefetch(int layer, const int32_
             if (victim == victims_.size() || !(victims_[victim].due > due_[static_cast<size_t>(number)])) break;
             fill(pool, victims_[victim++].slot, number);
         }
+    }
+    return loads_;
+}
+
+const std::vector<Residency::Load> & Residency::preload(int layer, const int32_t * experts, size_t n) {
+    check(layer, experts, n);
+    Pool & pool = pools_[static_cast<size_t>(pool_of_[static_cast<size_t>(layer)])];
+    collect_missing(layer, experts, n, pool.free.size());
+    loads_.clear();
+    for (const int32_t number : missing_) {
+        const int32_t slot = pool.free.back();
+        pool.free.pop_back();
+        fill(pool, slot, number);
     }
     return loads_;
 }

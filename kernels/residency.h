@@ -26,12 +26,15 @@ class Residency {
     // std::invalid_argument for what is not there, and for an expert named twice; nothing has changed then.
     Residency(int layers, int experts, std::vector<int32_t> pools, const std::vector<int32_t> & slots);
 
-    // `layer` needs these distinct experts now. Those not resident that get a slot; valid until the next call of visit or
-    // prefetch. Until the next visit none of the n is evicted.
+    // `layer` needs these distinct experts now. Those not resident that get a slot; valid until the next call that
+    // returns some. Until the next visit none of the n is evicted.
     const std::vector<Load> & visit(int layer, const int32_t * experts, size_t n);
 
     // The next visit of `layer` will probably need these, the most probable first: at most `limit` to read now.
     const std::vector<Load> & prefetch(int layer, const int32_t * experts, size_t n, size_t limit);
+
+    // Free slots are filled with these, the first of them first; nothing is evicted, and nothing is said about visits.
+    const std::vector<Load> & preload(int layer, const int32_t * experts, size_t n);
 
     int32_t slot_of(int layer, int expert) const;  // -1: none
     std::vector<int32_t> resident(int layer) const;

@@ -33,6 +33,9 @@ void bind_residency(nb::module_ & m) {
             if (limit < 0) throw std::invalid_argument("a limit cannot be negative");
             return self.prefetch(layer, experts.data(), experts.size(), static_cast<size_t>(limit));
         }, "layer"_a, "experts"_a, "limit"_a, "The layer's next visit will probably need these, the likeliest first.")
+        .def("preload", [](Residency & self, int layer, const std::vector<int32_t> & experts) {
+            return self.preload(layer, experts.data(), experts.size());
+        }, "layer"_a, "experts"_a, "Free slots are filled with these of the layer.")
         .def("slot_of", &Residency::slot_of, "layer"_a, "expert"_a, "The expert's slot, or -1.")
         .def("resident", &Residency::resident, "layer"_a, "The layer's experts that have a slot.")
         .def("set_busy", &Residency::set_busy, "pool"_a, "slot"_a, "busy"_a, "A busy slot is not evicted.")

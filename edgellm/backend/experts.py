@@ -27,9 +27,6 @@ RouterArrays = tuple[Floats, Floats, Floats, bool]
 READERS = 4
 """Threads that read: what keeps a disk busy, at little cost while they wait."""
 
-SECTOR_BYTES = 4096
-"""Unbuffered reads begin and end at multiples of this."""
-
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -45,6 +42,7 @@ class Slice:
     offset: int  # bytes from the start of the file to expert 0's matrix
     n_bytes: int  # of one expert's matrix
     may_pack: bool = True
+    stride: int = 0  # bytes from one expert's matrix to the next one's; 0: they follow each other
 
     @property
     def packed(self) -> bool:
@@ -74,8 +72,8 @@ class Slice:
             file=self.file,
             offset=self.offset,
             bytes=self.n_bytes,
+            stride=self.stride or self.n_bytes,
             packed=self.packed,
-            stored_packed=False,
         )
 
 
@@ -136,7 +134,7 @@ class ExpertStore:
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelLoadError(f"the experts cannot be paged: {error}") from None
         self.slots = tuple(slots)
-        self._tensors, self._layers = len(slices), len(pools)
+        self._layers = len(pools)
 
     @property
     def native(self) -> _kernels.ExpertStore:
@@ -145,9 +143,19 @@ class ExpertStore:
         return self._native
 
     @property
-    def unclaimed(self) -> int:
-        """Tensors that llama.cpp has not placed here, although a model was loaded with this store."""
-        return self._tensors - self.native.claimed
+    def fault(self) -> str | None:
+        """Why the model that was loaded with this store cannot be paged; None if it is.
+
+        Layers that llama.cpp leaves out, such as those for the prediction of several tokens, are no fault.
+        """
+        if self.native.refused:
+            return f"{self.native.refused} is used in a way that cannot be paged"
+        return None if any(self.native.claimed) else "llama.cpp has loaded its experts in another way"
+
+    @property
+    def claimed(self) -> list[bool]:
+        """(layers,): whether the model that was loaded with this store computes the layer."""
+        return [bool(there) for there in self.native.claimed]
 
     @property
     def direct(self) -> bool:
@@ -190,6 +198,10 @@ class ExpertStore:
         """Reads these experts, the first of them first, while there is nothing more urgent to read."""
         self.native.prefetch(layer, list(experts), len(experts))
 
+    def preload(self, layer: int, experts: Sequence[int]) -> None:
+        """Fills free slots with these experts, the first of them first, while there is nothing else to read."""
+        self.native.preload(layer, list(experts))
+
     def counts(self) -> Counts:
         """(layers, experts): in how many steps each was needed."""
         return self.native.counts().reshape(self._layers, -1)
@@ -221,6 +233,11 @@ class ExpertStore:
 def crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli) of `data`."""
     return _kernels.crc32c(data)
+
+
+def reader_bytes(slices: Sequence[Slice]) -> int:
+    """Memory that the readers of a store with these take, beside its slots."""
+    return READERS * _kernels.reader_bytes([piece._native() for piece in slices])
 
 
 @functools.cache

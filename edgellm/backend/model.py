@@ -35,9 +35,9 @@ class Model:
             reason = take_errors() or "no reason given"
             self.close()
             raise ModelLoadError(f"llama.cpp could not load {path.name}: {reason}")
-        if experts is not None and experts.unclaimed:
+        if experts is not None and (wrong := experts.fault):
             self.close()
-            raise ModelUnsupportedError(f"{path.name}: llama.cpp uses its expert tensors in a way that cannot be paged")
+            raise ModelUnsupportedError(f"{path.name}: {wrong}")
         self.path = path
         self.vocab = Vocab(self._handle)
         if fault := self.vocab.fault():

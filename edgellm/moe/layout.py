@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgellm.backend.experts import READERS, SECTOR_BYTES, Slice
+from edgellm.backend.experts import Slice, reader_bytes
 from edgellm.errors import ModelTooLargeError, ModelUnsupportedError
 from edgellm.models.describe import STACKED_EXPERTS
 from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
@@ -40,8 +40,7 @@ class ExpertLayout:
     @property
     def reading_bytes(self) -> int:
         """Memory that the readers take to rearrange experts."""
-        largest = max((piece.n_bytes for piece in self.slices if piece.packed), default=0)
-        return READERS * (largest + 2 * SECTOR_BYTES) if largest else 0
+        return reader_bytes(self.slices)
 
     @property
     def least_bytes(self) -> int:

@@ -87,8 +87,10 @@ class Pager:
         self._fill()
 
     def _fill(self) -> None:
+        claimed = self.store.claimed
         for layer, experts in enumerate(hottest(self._before, self._layout, self.store.slots)):
-            self.store.prefetch(layer, experts)
+            if claimed[layer]:
+                self.store.preload(layer, experts)
 
     def after_step(self, seconds: float, rows: int) -> None:
         """A step of `rows` rows took `seconds`."""

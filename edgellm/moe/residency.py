@@ -129,6 +129,16 @@ class Residency:
             slots.append(slot)
         return [self._fill(pool, slot, number) for slot, number in zip(slots, missing, strict=False)]
 
+    def preload(self, layer: int, experts: Sequence[int]) -> list[Load]:
+        """Free slots are filled with these, the first of them first; nothing is evicted.
+
+        It says nothing about coming visits. Raises ValueError.
+        """
+        self._check(layer, experts)
+        free = self._free[self._pools[layer]]
+        missing = [expert for expert in experts if self.slot_of(layer, expert) < 0][: len(free)]
+        return [self._fill(self._pools[layer], free.pop(), layer * self.experts + expert) for expert in missing]
+
     def slot_of(self, layer: int, expert: int) -> int:
         """The slot in which an expert lies, or is being read into; -1 if none."""
         self._check(layer, [expert])

@@ -82,6 +82,23 @@ def test_merged_gate_and_up(architecture: str, tmp_path: Path) -> None:
     assert np.array_equal(run(load_paged(layout, layout.least_bytes, tmp_path)), expected)
 
 
+def test_a_layer_that_llama_cpp_leaves_out_is_no_fault(tmp_path: Path) -> None:
+    """Experts of a block that predicts a second token are in the file, and nothing asks for them."""
+    path = write_tiny_moe(tmp_path / "model.gguf", "glm4moe", layers=5, nextn=True)
+    layout = layout_of(path)
+    expected = run(Model(path, mapped=False, packed=True))
+    for budget in budgets(layout):
+        model = load_paged(layout, budget, tmp_path)
+        assert model.experts is not None
+        assert model.experts.claimed == [True] * (layout.layers - 1) + [False]
+        logits = run(model)
+        assert np.isfinite(logits).all()
+        assert np.median(np.abs(logits - expected).max(axis=1)) < 0.5
+    assert np.array_equal(
+        run(load_paged(layout_of(path, packed=False), budget, tmp_path, packed=False)), run(Model(path, mapped=False))
+    )
+
+
 @pytest.mark.parametrize("weights", ["q4_0", "q5_1", "q8_0", "q6_k", "q3_k", "f16", "bf16"])
 def test_types(weights: str, tmp_path: Path) -> None:
     """Those that are packed, and those that are multiplied as llama.cpp does."""

@@ -31,7 +31,7 @@ class Checked:
 
     def both(self, method: str, *arguments: Any) -> Any:
         python, native = (getattr(copy, method)(*arguments) for copy in self.copies)
-        if method in ("visit", "prefetch"):
+        if method in ("visit", "prefetch", "preload"):
             python, native = plain(python), plain(native)
         assert python == native
         return python
@@ -49,6 +49,11 @@ class Checked:
         loads = self.both("prefetch", layer, experts, limit)
         assert len(loads) <= limit
         assert {load.expert for load in loads} <= set(experts)
+        self._apply(layer, loads)
+
+    def preload(self, layer: int, experts: list[int]) -> None:
+        loads = self.both("preload", layer, experts)
+        assert all(load.evicted_layer == load.evicted_expert == -1 for load in loads)
         self._apply(layer, loads)
 
     def set_busy(self, pool: int, slot: int, busy: bool) -> None:
@@ -101,13 +106,15 @@ def test_the_rules_hold_and_both_copies_decide_the_same(
     draw, policy, layer = random.Random(seed), Checked(layers, experts, pools, slots), -1
     for _ in range(150):
         anywhere, some = draw.randrange(layers), draw.sample(range(experts), draw.randint(0, experts))
-        match draw.choices(["visit", "prefetch", "busy", "forget"], [10, 4, 2, 1]):
+        match draw.choices(["visit", "prefetch", "preload", "busy", "forget"], [10, 4, 1, 2, 1]):
             case ["visit"]:
                 layer = (layer + 1) % layers if draw.random() < 0.9 else anywhere
                 hot = list(dict.fromkeys(int(experts * draw.random() ** 2) for _ in range(4)))
                 policy.visit(layer, hot if draw.random() < 0.8 else some)
             case ["prefetch"]:
                 policy.prefetch(anywhere, some, draw.randint(0, 4))
+            case ["preload"]:
+                policy.preload(anywhere, some)
             case ["busy"]:
                 places = [(pool, slot) for pool, count in enumerate(slots) for slot in range(count)]
                 if places:

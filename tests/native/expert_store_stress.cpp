@@ -33,22 +33,29 @@ struct Fixture {
     std::vector<ExpertSlice> slices;
 };
 
-// Matrices of odd sizes at odd places; those of type Q8_0 are packed on their way.
-Fixture write_file(const std::string & folder, bool packed) {
+// Matrices of odd sizes at odd places; those of type Q8_0 are packed on their way. `beside`: as in a pack, an expert's
+// matrices follow each other, and each expert begins at a sector.
+Fixture write_file(const std::string & folder, bool packed, bool beside) {
     Fixture f{folder + "/experts.bin", {}};
-    std::ofstream out(f.path, std::ios::binary);
+    std::vector<char> content;
     uint64_t offset = 0;
     for (int layer = 0; layer < kLayers; ++layer)
         for (int part = 0; part < 3; ++part) {
             const int64_t columns = packed ? 64 : 33, rows = packed ? 32 : 40 + part;
             const uint64_t bytes = packed ? static_cast<uint64_t>(rows * columns / 32 * 34) : static_cast<uint64_t>(rows * columns * 4);
+            const uint64_t record = 8 * edgellm::kSector, stride = beside ? record : bytes;
             ExpertSlice slice{"l" + std::to_string(layer) + "p" + std::to_string(part), packed ? int32_t{edgellm::Q8_0} : kFloat,
-                              columns, rows, layer, part, 0, offset, bytes, packed, false, 0, 0};
-            for (int e = 0; e < kExperts; ++e)
-                for (uint64_t i = 0; i < bytes; ++i) out.put(static_cast<char>(expected(slice, e, i)));
+                              columns, rows, layer, part, 0, offset, bytes, stride, packed, 0, 0};
+            if (beside) slice.offset = static_cast<uint64_t>(layer) * kExperts * record + static_cast<uint64_t>(part) * (bytes + 17);
+            for (int e = 0; e < kExperts; ++e) {
+                const size_t at = slice.offset_of(e);
+                content.resize(std::max(content.size(), at + bytes));
+                for (size_t i = 0; i < bytes; ++i) content[at + i] = static_cast<char>(expected(slice, e, i));
+            }
             offset += bytes * kExperts;
             f.slices.push_back(slice);
         }
+    std::ofstream(f.path, std::ios::binary).write(content.data(), static_cast<std::streamsize>(content.size()));
     return f;
 }
 
@@ -117,6 +124,10 @@ bool stress(const Fixture & f, int slots, bool direct, bool faults) {
     size_t largest = 0;
     for (const ExpertSlice & slice : f.slices) largest = std::max(largest, edgellm::slice_extent(slice));
     ExpertStore store({kLayers, kExperts, f.slices, {f.path}, {0, 0, 0, 0}, {slots}, 2 * largest + largest / 2, 3, direct});
+    for (int layer = 0; layer < kLayers; ++layer) {
+        const int32_t hot[] = {3, 1, 7};
+        store.preload(layer, hot, 3);
+    }
     Shared shared{store, {}};
     shared.faults = faults;
     pthread_barrier_init(&shared.barrier, nullptr, kThreads);
@@ -149,8 +160,8 @@ bool stress(const Fixture & f, int slots, bool direct, bool faults) {
 int main(int argc, char ** argv) {
     if (argc != 2) return 2;
     bool good = true;
-    for (const bool packed : {false, true}) {
-        const Fixture f = write_file(argv[1], packed);
+    for (const int kind : {0, 1, 2, 3}) {
+        const Fixture f = write_file(argv[1], kind % 2 == 1, kind >= 2);
         for (const int slots : {0, 1, 7, 20, kLayers * kExperts})
             for (const bool direct : {false, true}) good = stress(f, slots, direct, false) && good;
         good = stress(f, 7, true, true) && good;

@@ -31,13 +31,15 @@ def write_tiny_moe(
     vocab: int | None = None,
     context: int = 512,
     chat_template: str | None = CHATML,
+    nextn: bool = False,
 ) -> Path:
     """A decoder of one of ARCHITECTURES; the same arguments always give the same bytes.
 
     `weights` is the type of the matrices; routers, norms and biases are f32. `width` and `expert_width` are 64 if not
     given (1.5 MB in f32), 256 for the K-quants q2_k .. q6_k (3 MB), and multiples of what the type takes for a block:
     32, or 256. `layers` None is the fewest that show all the architecture has, 3 or 4: a leading dense layer is the
-    first, recurrent layers are all but every third. `merged` writes ffn_gate_up_exps, where llama.cpp takes it.
+    first, recurrent layers are all but every third. `merged` writes ffn_gate_up_exps, where llama.cpp takes it; `nextn`
+    makes the last layer one that predicts a second token, which llama.cpp leaves out of its graph (glm4moe has such).
     Raises ValueError for what does not fit together.
     """
     traits = ARCHITECTURES.get(architecture)
@@ -57,10 +59,10 @@ def write_tiny_moe(
         raise ValueError(f"{architecture} needs {traits.layers} layers")
     shape = Shape(layers or traits.layers, width, 4, kv_heads, experts, experts_used, expert_width)
     if weights in WEIGHTS:
-        return _write(Path(path), architecture, shape, seed, weights, merged, vocab, context, chat_template)
+        return _write(Path(path), architecture, shape, seed, weights, merged, vocab, context, chat_template, nextn)
     with tempfile.TemporaryDirectory() as folder:  # by way of f32: the gguf package does not write K-quants
         plain = Path(folder) / "f32.gguf"
-        _write(plain, architecture, shape, seed, "f32", merged, vocab, context, chat_template)
+        _write(plain, architecture, shape, seed, "f32", merged, vocab, context, chat_template, nextn)
         return quantise(plain, Path(path), weights.upper())
 
 
@@ -74,6 +76,7 @@ def _write(
     vocab: int | None,
     context: int,
     chat_template: str | None,
+    nextn: bool,
 ) -> Path:
     traits = ARCHITECTURES[architecture]
     file = Writer(path, architecture, seed, weights)
@@ -81,6 +84,8 @@ def _write(
     tokens = add_bpe(file.out, vocab, chat_template)
     for key, value in _metadata(shape, traits, tokens, context).items():
         _add(file, f"{architecture}.{key}", value)
+    if nextn:
+        _add(file, f"{architecture}.nextn_predict_layers", 1)
     file.matrix("token_embd.weight", tokens, shape.width, scale=shape.width**0.5)
     file.matrix("output.weight", tokens, shape.width, scale=3.0)  # logits of standard deviation 3
     file.norm(traits.output_norm, shape.width)
@@ -91,6 +96,11 @@ def _write(
         file.norm("rope_freqs", shape.head // 2)
     for layer in range(shape.layers):
         add_layer(file, shape, traits, layer, merged=merged)
+    if nextn:
+        last = f"blk.{shape.layers - 1}.nextn"
+        file.matrix(f"{last}.eh_proj.weight", shape.width, 2 * shape.width)
+        for name in ("enorm", "hnorm", "shared_head_norm"):
+            file.norm(f"{last}.{name}", shape.width)
     file.close()
     return path
 
