@@ -98,25 +98,27 @@ void pack_block(Type type, const uint8_t * s, uint8_t * p, int row) {
         }
         case Q6_K: {
             uint8_t value[256];  // six bits each
-            for (int half = 0; half < 2; ++half) {
-                const uint8_t *low = s + 64 * half, *high = s + 128 + 32 * half;
+            for (int part = 0; part < 8; ++part) {  // of 32 columns; four parts share the bytes of their upper bits
+                const int k = part % 4;
+                const uint8_t *low = s + 64 * (part / 4) + 32 * (k & 1), *high = s + 128 + 32 * (part / 4);
                 for (int c = 0; c < 32; ++c)
-                    for (int k = 0; k < 4; ++k) {
-                        const uint8_t nibbles = low[32 * (k & 1) + c];
-                        value[128 * half + 32 * k + c] =
-                            (k < 2 ? nibbles & 15 : nibbles >> 4) | (((high[c] >> (2 * k)) & 3) << 4);
-                    }
+                    value[32 * part + c] = static_cast<uint8_t>(((low[c] >> (k < 2 ? 0 : 4)) & 15) | (((high[c] >> (2 * k)) & 3) << 4));
             }
             put_half(p, row, s + 208);
             for (int j = 0; j < 8; ++j) {
                 uint8_t * q = p + 32 + j * 416;
                 q[row] = s[192 + 2 * j];
                 q[16 + row] = s[192 + 2 * j + 1];
-                for (int c = 0; c < 32; ++c) {
-                    const uint8_t v = value[32 * j + c];
-                    const int o = c / 4, t = c % 4;
-                    q[32 + 64 * (o % 4) + 4 * row + t] |= static_cast<uint8_t>(o < 4 ? v & 15 : (v & 15) << 4);
-                    q[288 + 64 * (o / 4) + 4 * row + t] |= static_cast<uint8_t>((v >> 4) << (2 * (o % 4)));
+                uint32_t operands[8];
+                std::memcpy(operands, value + 32 * j, 32);
+                for (int o = 0; o < 4; ++o) {
+                    const uint32_t nibbles = (operands[o] & 0x0F0F0F0FU) | ((operands[o + 4] & 0x0F0F0F0FU) << 4);
+                    std::memcpy(q + 32 + 64 * o + 4 * row, &nibbles, 4);
+                }
+                for (int i = 0; i < 2; ++i) {
+                    uint32_t pairs = 0;
+                    for (int o = 0; o < 4; ++o) pairs |= ((operands[4 * i + o] >> 4) & 0x03030303U) << (2 * o);
+                    std::memcpy(q + 288 + 64 * i + 4 * row, &pairs, 4);
                 }
             }
             return;
