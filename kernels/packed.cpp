@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "block_parts.h"
+
 namespace edgellm {
 namespace {
 
@@ -11,25 +13,6 @@ constexpr TypeInfo kTypes[] = {
     {Q5_1, "Q5_1", 32, 24, 384},   {Q8_0, "Q8_0", 32, 34, 544},   {Q4_K, "Q4_K", 256, 144, 2368},
     {Q5_K, "Q5_K", 256, 176, 2880}, {Q6_K, "Q6_K", 256, 210, 3360},
 };
-
-float half_to_float(const uint8_t * p) {
-    uint16_t h;
-    std::memcpy(&h, p, 2);
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-    const uint32_t exponent = (h >> 10) & 31, fraction = h & 1023;
-    float value;
-    if (exponent == 0) {
-        value = static_cast<float>(fraction) * 0x1p-24f;
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        bits |= sign;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
-    const uint32_t bits = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 
 // Where the parts of a row's blocks lie in the file, and in a packed block.
 void put_half(uint8_t * packed, int row, const uint8_t * source) { std::memcpy(packed + 2 * row, source, 2); }
@@ -79,9 +62,8 @@ void pack_block(Type type, const uint8_t * s, uint8_t * p, int row) {
             put_half(p + 32, row, s + 2);
             for (int j = 0; j < 8; ++j) {
                 uint8_t * q = p + 64 + j * (32 + fifth + 256);
-                // Eight scales and eight minima of six bits in twelve bytes.
-                q[row] = j < 4 ? factors[j] & 63 : (factors[j + 4] & 15) | ((factors[j - 4] >> 6) << 4);
-                q[16 + row] = j < 4 ? factors[j + 4] & 63 : (factors[j + 4] >> 4) | ((factors[j] >> 6) << 4);
+                q[row] = k_scale(factors, j);
+                q[16 + row] = k_minimum(factors, j);
                 uint8_t rearranged[16];
                 for (int c = 0; c < 16; ++c) {
                     const uint8_t a = nibbles[32 * (j / 2) + c], b = nibbles[32 * (j / 2) + 16 + c];
