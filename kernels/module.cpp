@@ -171,4 +171,5 @@ NB_MODULE(_kernels, m) {
           "input (n, columns) by a packed matrix, (n, rows), on one thread.");
     edgellm::bind_residency(m);
     edgellm::bind_experts(m);
+    edgellm::bind_narrow(m);
 }

@@ -6,6 +6,7 @@
 namespace edgellm {
 
 void bind_experts(nanobind::module_ & m);    // experts_module.cpp
+void bind_narrow(nanobind::module_ & m);     // narrow_module.cpp
 void bind_residency(nanobind::module_ & m);  // residency_module.cpp
 
 }  // namespace edgellm
