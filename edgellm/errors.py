@@ -16,6 +16,7 @@ EdgeLLMError
 │   ├── ModelLoadError             llama.cpp could not load it
 │   ├── ModelTooLargeError         does not fit the memory budget; carries the numbers
 │   └── PullError                  a download failed
+├── PackError                      an expert pack cannot be written
 ├── InvalidTraceError              a file of routing traces (mixture of experts) is unsound
 ├── AdapterError                   a LoRA adapter is unsound or does not fit the model
 ├── OverloadedError                the queue is full; try again after `retry_after_s`
@@ -118,6 +119,10 @@ class ModelTooLargeError(ModelError):
 
 class PullError(ModelError):
     """A download failed; what had arrived is kept for the next try, or removed if it is unusable."""
+
+
+class PackError(EdgeLLMError):
+    """An expert pack cannot be written, or a model cannot be packed within the loss that was allowed."""
 
 
 class InvalidTraceError(EdgeLLMError):

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "narrow.h"
 #include "packed.h"
 
 namespace edgellm {
@@ -51,6 +52,11 @@ bool reads_directly(int fd) {
 }  // namespace
 
 size_t ExpertSlice::memory_bytes() const { return packed ? packed_size(type, columns, rows) : bytes; }
+
+size_t ExpertSlice::stored_bytes(int32_t expert) const {
+    const int width = width_of(expert);
+    return width == 0 ? bytes : narrow_size(type, columns, rows, width);
+}
 
 size_t slice_extent(const ExpertSlice & slice) {
     return slice.packed ? rounded(slice.memory_bytes(), kSector) : rounded(slice.bytes + kSector - 1, kSector);

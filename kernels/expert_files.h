@@ -18,17 +18,23 @@ struct ExpertSlice {
     int64_t columns, rows;
     int layer, index;   // MoE layers count from 0; `index` numbers the tensors of a layer
     int file;
-    uint64_t offset, bytes;  // of expert 0's matrix in the file, and of each
-    uint64_t stride;         // from one expert's matrix to the next one's
+    uint64_t offset, bytes;  // of expert 0's matrix in the file, and of each as the type has it
     bool packed;             // lies in memory as packed.h has it
+    std::vector<uint64_t> offsets;  // (experts,): where each one's matrix is; empty: they follow each other
+    std::vector<uint8_t> widths;    // (experts,): bits to which each was narrowed in the file (narrow.h); empty, 0: not
 
     size_t start = 0, extent = 0;  // its part of a slot, in bytes; filled in by the store
 
     size_t memory_bytes() const;
-    uint64_t offset_of(int32_t expert) const { return offset + static_cast<uint64_t>(expert) * stride; }
-    size_t file_lead(int32_t expert) const { return offset_of(expert) % kSector; }
+    uint64_t offset_of(int32_t expert) const {
+        return offsets.empty() ? offset + static_cast<uint64_t>(expert) * bytes : offsets[static_cast<size_t>(expert)];
+    }
+    int width_of(int32_t expert) const { return widths.empty() ? 0 : widths[static_cast<size_t>(expert)]; }
+    size_t stored_bytes(int32_t expert) const;
+    // Whether it is read to where it is used.
+    bool straight(int32_t expert) const { return !packed && width_of(expert) == 0; }
     // Bytes from the start of its part to the matrix: unbuffered reads begin at whole sectors of the file.
-    size_t lead(int32_t expert) const { return packed ? 0 : file_lead(expert); }
+    size_t lead(int32_t expert) const { return straight(expert) ? offset_of(expert) % kSector : 0; }
 };
 
 // Bytes of memory that a matrix of this kind takes in a slot or a cell.

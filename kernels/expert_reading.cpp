@@ -7,6 +7,7 @@
 
 #include "crc32c.h"
 #include "expert_store.h"
+#include "narrow.h"
 #include "packed.h"
 
 namespace edgellm {
@@ -28,7 +29,8 @@ struct Span {  // of a file
 
     Span with(const ExpertSlice & slice, int32_t expert) const {
         const uint64_t at = slice.offset_of(expert);
-        return {std::min(begin, at), std::max(end, at + slice.bytes), bytes + slice.bytes};
+        const uint64_t size = slice.stored_bytes(expert);
+        return {std::min(begin, at), std::max(end, at + size), bytes + size};
     }
     bool worth_one_read() const { return end - begin <= std::min(kWholeBytes, bytes + kSector); }
     size_t sectors() const { return rounded(end - begin + kSector - 1, kSector); }
@@ -36,16 +38,15 @@ struct Span {  // of a file
 
 }  // namespace
 
-size_t bounce_bytes(const std::vector<ExpertSlice> & slices) {
-    size_t most = 0;
-    for (const ExpertSlice & slice : slices) {
-        Span span = Span{}.with(slice, 0);
-        if (slice.packed) most = std::max(most, span.sectors());
-        for (const ExpertSlice & other : slices)
-            if (&other != &slice && other.layer == slice.layer && other.file == slice.file && span.with(other, 0).worth_one_read())
-                span = span.with(other, 0);
-        if (span.bytes > slice.bytes) most = std::max(most, rounded(kWholeBytes + kSector, kSector));
-    }
+ReaderBytes reader_bytes(const std::vector<ExpertSlice> & slices, int experts) {
+    ReaderBytes most;
+    for (const ExpertSlice & slice : slices)
+        for (int32_t e = 0; e < experts; ++e) {
+            const Span span = Span{}.with(slice, e);
+            if (!slice.straight(e)) most.bounce = std::max(most.bounce, span.sectors());
+            if (slice.packed && slice.width_of(e) != 0) most.wide = std::max<size_t>(most.wide, slice.bytes);
+            if (!slice.offsets.empty() && span.worth_one_read()) most.bounce = std::max(most.bounce, rounded(kWholeBytes + kSector, kSector));
+        }
     return most;
 }
 
@@ -98,8 +99,9 @@ bool ExpertStore::any_queued() const {
 
 void ExpertStore::work() {
     void * memory = nullptr;
-    if (bounce_bytes_ != 0 && posix_memalign(&memory, kSector, bounce_bytes_) != 0) memory = nullptr;
+    if (reader_bytes_.bounce != 0 && posix_memalign(&memory, kSector, reader_bytes_.bounce) != 0) memory = nullptr;
     const std::unique_ptr<void, decltype(&free)> bounce(memory, &free);
+    Scratch scratch;
     std::vector<Job> jobs;
     jobs.reserve(32);  // a layer has no more matrices
     std::unique_lock<std::mutex> lock(mutex_);
@@ -113,7 +115,7 @@ void ExpertStore::work() {
         const uint64_t started = now_ns();
         bool ok = false;
         try {
-            ok = read(jobs, static_cast<uint8_t *>(memory), fault);
+            ok = read(jobs, static_cast<uint8_t *>(memory), scratch, fault);
         } catch (const std::exception & error) {
             fault = error.what();
         }
@@ -124,7 +126,7 @@ void ExpertStore::work() {
         if (ok) {
             stats_.reads += 1;
             for (const Job & job : jobs) {
-                stats_.bytes += job.slice->bytes;
+                stats_.bytes += job.slice->stored_bytes(job.expert);
                 finish(job, State::ready);
             }
         } else {
@@ -200,11 +202,11 @@ void ExpertStore::finish(const Job & job, State end) {
     }
 }
 
-bool ExpertStore::read(const std::vector<Job> & jobs, uint8_t * bounce, std::string & fault) {
+bool ExpertStore::read(const std::vector<Job> & jobs, uint8_t * bounce, Scratch & scratch, std::string & fault) {
     Span span;
     for (const Job & job : jobs) span = span.with(*job.slice, job.expert);
     const Job & first = jobs.front();
-    const bool straight = jobs.size() == 1 && !first.slice->packed;
+    const bool straight = jobs.size() == 1 && first.slice->straight(first.expert);
     uint8_t * const target = straight ? address(first) - first.slice->lead(first.expert) : bounce;
     if (target == nullptr) {
         fault = "no memory to read experts into";
@@ -215,22 +217,36 @@ bool ExpertStore::read(const std::vector<Job> & jobs, uint8_t * bounce, std::str
         return false;
     }
     return std::all_of(jobs.begin(), jobs.end(), [&](const Job & job) {
-        return deliver(job, target + span.begin % kSector + (job.slice->offset_of(job.expert) - span.begin), fault);
+        return deliver(job, target + span.begin % kSector + (job.slice->offset_of(job.expert) - span.begin), scratch, fault);
     });
 }
 
 // Puts a matrix that has been read in its place. False if it is not what it was when its checksum was made.
-bool ExpertStore::deliver(const Job & job, const uint8_t * matrix, std::string & fault) {
+bool ExpertStore::deliver(const Job & job, const uint8_t * matrix, Scratch & scratch, std::string & fault) {
     const ExpertSlice & slice = *job.slice;
     if (!params_.checksums.empty()) {
         const auto number = static_cast<size_t>(&slice - params_.slices.data());
         const size_t place = number * static_cast<size_t>(params_.experts) + static_cast<size_t>(job.expert);
-        if (crc32c(matrix, slice.bytes) != params_.checksums[place]) {
+        if (crc32c(matrix, slice.stored_bytes(job.expert)) != params_.checksums[place]) {
             fault = "expert " + std::to_string(job.expert) + " of " + slice.name + " is damaged: it is not what its checksum was made of";
             return false;
         }
     }
     uint8_t * const target = address(job);
+    const auto trial = static_cast<size_t>(slice.layer) * static_cast<size_t>(params_.experts) + static_cast<size_t>(job.expert);
+    int width = slice.width_of(job.expert);
+    if (width == 0 && !params_.trial_widths.empty() && can_narrow(slice.type, params_.trial_widths[trial])) {
+        width = params_.trial_widths[trial];
+        scratch.narrow.resize(narrow_size(slice.type, slice.columns, slice.rows, width));
+        narrow(slice.type, slice.columns, slice.rows, width, matrix, scratch.narrow.data());
+        matrix = scratch.narrow.data();
+    }
+    if (width != 0) {
+        scratch.wide.resize(std::max<size_t>(scratch.wide.size(), slice.packed ? slice.bytes : 0));
+        uint8_t * const wide = slice.packed ? scratch.wide.data() : target;
+        widen(slice.type, slice.columns, slice.rows, width, matrix, wide);
+        matrix = wide;
+    }
     if (slice.packed)
         pack(slice.type, slice.columns, slice.rows, matrix, target);
     else if (target != matrix)

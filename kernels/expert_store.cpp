@@ -8,6 +8,8 @@
 
 #include <sys/mman.h>
 
+#include "narrow.h"
+
 
 namespace edgellm {
 namespace {
@@ -30,6 +32,13 @@ uint8_t * reserve(size_t size) {
     return static_cast<uint8_t *>(p);
 }
 
+void check_experts(const ExpertSlice & slice, int experts) {
+    for (const size_t size : {slice.offsets.size(), slice.widths.size()})
+        if (size != 0 && size != static_cast<size_t>(experts)) throw std::invalid_argument(slice.name + " has another number of experts");
+    for (const uint8_t width : slice.widths)
+        if (width != 0 && !can_narrow(slice.type, width)) throw std::invalid_argument(slice.name + " cannot have been narrowed so");
+}
+
 }  // namespace
 
 ExpertStore::ExpertStore(ExpertStoreParams params) : params_(std::move(params)) {
@@ -37,8 +46,10 @@ ExpertStore::ExpertStore(ExpertStoreParams params) : params_(std::move(params)) 
     try {
         files_ = std::make_unique<ExpertFiles>(params_.files, params_.direct);
         for (const ExpertSlice & slice : params_.slices)
-            if (slice.offset_of(params_.experts - 1) + slice.bytes > files_->bytes(slice.file))
-                throw std::invalid_argument(slice.name + " reaches beyond the end of its file");
+            for (int32_t e = 0; e < params_.experts; ++e)
+                if (slice.offset_of(e) + slice.stored_bytes(e) > files_->bytes(slice.file))
+                    throw std::invalid_argument(slice.name + " reaches beyond the end of its file");
+        reader_bytes_ = reader_bytes(params_.slices, params_.experts);
         for (Pool & pool : pools_) {
             pool.mapped_bytes = rounded(std::max<size_t>(pool.slot_bytes * static_cast<size_t>(pool.slots), 1), kHugePage);
             pool.base = reserve(pool.mapped_bytes);
@@ -58,7 +69,6 @@ ExpertStore::~ExpertStore() { close_all(); }
 void ExpertStore::lay_out() {
     layers_.resize(static_cast<size_t>(params_.layers));
     claimed_.assign(layers_.size(), 0);
-    bounce_bytes_ = bounce_bytes(params_.slices);
     counts_.assign(layers_.size() * static_cast<size_t>(params_.experts), 0);
     pools_.resize(params_.slots.size());
     size_t largest = 0;
@@ -72,6 +82,7 @@ void ExpertStore::lay_out() {
         names_[slice.name] = &slice;
         largest = std::max(largest, slice.extent);
         if (slice.file < 0 || static_cast<size_t>(slice.file) >= params_.files.size()) throw std::invalid_argument("a slice of no file");
+        check_experts(slice, params_.experts);
     }
     for (size_t l = 0; l < layers_.size(); ++l) {
         if (layers_[l].empty() || layers_[l].size() > 32) throw std::invalid_argument("a layer has between 1 and 32 slices");
@@ -82,6 +93,8 @@ void ExpertStore::lay_out() {
     }
     if (!params_.checksums.empty() && params_.checksums.size() != params_.slices.size() * static_cast<size_t>(params_.experts))
         throw std::invalid_argument("there is one checksum for each matrix");
+    if (!params_.trial_widths.empty() && params_.trial_widths.size() != counts_.size())
+        throw std::invalid_argument("there is one trial width for each expert");
     if (params_.stream_bytes < 2 * largest) throw std::invalid_argument("the streaming area holds less than two matrices");
     for (size_t p = 0; p < pools_.size(); ++p) {
         Pool & pool = pools_[p];

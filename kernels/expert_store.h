@@ -38,6 +38,8 @@ struct ExpertStoreParams {
     int readers;             // threads
     bool direct;             // unbuffered reads, where the file system has them
     std::vector<uint32_t> checksums{};  // (slices, experts): CRC-32C of what is read; empty: it is not checked
+    // (layers, experts): bits to which what is read is narrowed and widened again, to see what that does; empty, 0: not.
+    std::vector<uint8_t> trial_widths{};
 };
 
 struct ExpertStats {
@@ -47,8 +49,12 @@ struct ExpertStats {
     uint64_t stall_ns, read_ns;  // the first thread's waiting; time that readers spent in reads
 };
 
-// Memory that a reader takes for what it does not read straight into its place.
-size_t bounce_bytes(const std::vector<ExpertSlice> & slices);
+// Memory that a reader takes for what it does not read straight into its place: for what it reads, and for a matrix that
+// is widened before it is packed.
+struct ReaderBytes {
+    size_t bounce = 0, wide = 0;
+};
+ReaderBytes reader_bytes(const std::vector<ExpertSlice> & slices, int experts);
 
 class ExpertStore {
   public:
@@ -153,6 +159,10 @@ class ExpertStore {
         Urgency urgency;
     };
 
+    struct Scratch {  // a reader's
+        std::vector<uint8_t> narrow, wide;
+    };
+
     static const int32_t * row_of(const std::vector<int32_t> & rows, int layer, size_t used) {
         const size_t end = (static_cast<size_t>(layer) + 1) * used;
         return end <= rows.size() ? rows.data() + end - used : nullptr;
@@ -173,8 +183,8 @@ class ExpertStore {
     void take(std::vector<Job> & jobs);
     void give_up(const std::vector<Job> & jobs, const std::string & fault);
     void finish(const Job & job, State end);
-    bool read(const std::vector<Job> & jobs, uint8_t * bounce, std::string & fault);
-    bool deliver(const Job & job, const uint8_t * matrix, std::string & fault);
+    bool read(const std::vector<Job> & jobs, uint8_t * bounce, Scratch & scratch, std::string & fault);
+    bool deliver(const Job & job, const uint8_t * matrix, Scratch & scratch, std::string & fault);
     uint8_t * address(const Job & job) const;
     std::atomic<State> & state(const Job & job);
     std::atomic<State> & slot_state(const ExpertSlice & slice, int slot);
@@ -184,7 +194,7 @@ class ExpertStore {
     std::vector<std::vector<const ExpertSlice *>> layers_;
     std::vector<Pool> pools_;
     std::unique_ptr<ExpertFiles> files_;
-    size_t bounce_bytes_ = 0;
+    ReaderBytes reader_bytes_;
     uint8_t * stream_ = nullptr;
     size_t stream_mapped_ = 0;
     std::unique_ptr<std::atomic<State>[]> cells_;

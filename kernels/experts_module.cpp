@@ -23,10 +23,11 @@ namespace {
 // The arguments are those of edgellm.backend.experts.ExpertStore, which checks them.
 void make_store(ExpertStore * self, int layers, int experts, const std::vector<ExpertSlice> & slices,
                 const std::vector<std::string> & files, const std::vector<int> & pools, const std::vector<int> & slots,
-                size_t stream_bytes, int readers, bool direct, const std::vector<uint32_t> & checksums) {
+                size_t stream_bytes, int readers, bool direct, const std::vector<uint32_t> & checksums,
+                const std::vector<uint8_t> & trial_widths) {
     if (layers <= 0 || experts <= 0 || readers <= 0) throw std::invalid_argument("layers, experts and readers are positive");
     if (pools.size() != static_cast<size_t>(layers)) throw std::invalid_argument("every layer has a pool");
-    new (self) ExpertStore({layers, experts, slices, files, pools, slots, stream_bytes, readers, direct, checksums});
+    new (self) ExpertStore({layers, experts, slices, files, pools, slots, stream_bytes, readers, direct, checksums, trial_widths});
 }
 
 template <class T> nb::ndarray<nb::numpy, T, nb::ndim<1>> owned(std::vector<T> * data) {
@@ -99,13 +100,16 @@ void set_routers(ExpertStore & self, const std::vector<RouterParts> & parts, int
 void bind_experts(nb::module_ & m) {
     nb::class_<ExpertSlice>(m, "ExpertSlice", "One stacked tensor of a MoE layer.")
         .def("__init__", [](ExpertSlice * self, std::string name, int32_t type, int64_t columns, int64_t rows, int layer, int file,
-                            uint64_t offset, uint64_t bytes, uint64_t stride, bool packed) {
-            new (self) ExpertSlice{std::move(name), type, columns, rows, layer, 0, file, offset, bytes, stride, packed, 0, 0};
-        }, "name"_a, nb::kw_only(), "type"_a, "columns"_a, "rows"_a, "layer"_a, "file"_a, "offset"_a, "bytes"_a, "stride"_a, "packed"_a)
+                            uint64_t offset, uint64_t bytes, bool packed, std::vector<uint64_t> offsets, const nb::bytes & widths) {
+            const auto * first = reinterpret_cast<const uint8_t *>(widths.c_str());
+            new (self) ExpertSlice{std::move(name), type, columns, rows, layer, 0, file, offset, bytes, packed, std::move(offsets),
+                                   std::vector<uint8_t>(first, first + widths.size()), 0, 0};
+        }, "name"_a, nb::kw_only(), "type"_a, "columns"_a, "rows"_a, "layer"_a, "file"_a, "offset"_a, "bytes"_a, "packed"_a,
+             "offsets"_a, "widths"_a)
         .def_prop_ro("extent", &slice_extent, "Bytes of memory for one expert's matrix, in a slot or a cell.");
     nb::class_<ExpertStore>(m, "ExpertStore", "Experts that are read from files when they are needed (kernels/expert_store.h).")
         .def("__init__", &make_store, nb::kw_only(), "layers"_a, "experts"_a, "slices"_a, "files"_a, "pools"_a, "slots"_a,
-             "stream_bytes"_a, "readers"_a, "direct"_a, "checksums"_a)
+             "stream_bytes"_a, "readers"_a, "direct"_a, "checksums"_a, "trial_widths"_a)
         .def("stats", &stats_of)
         .def_prop_ro("resident_bytes", &ExpertStore::resident_bytes)
         .def_prop_ro("failed", &ExpertStore::failed)
@@ -132,7 +136,10 @@ void bind_experts(nb::module_ & m) {
         .def("counts", [](ExpertStore & self) { return owned(new std::vector<uint32_t>(self.counts())); })
         .def_prop_ro("reads", &ExpertStore::reads)
         .def("fetch", &fetch, "name"_a, "experts"_a);
-    m.def("reader_bytes", &bounce_bytes, "slices"_a, "Memory that a reader takes for what it does not read straight into its place.");
+    m.def("reader_bytes", [](const std::vector<ExpertSlice> & slices, int experts) {
+        const ReaderBytes most = reader_bytes(slices, experts);
+        return most.bounce + most.wide;
+    }, "slices"_a, "experts"_a, "Memory that a reader takes for what it does not read straight into its place.");
     m.def("crc32c", [](const nb::bytes & data) { return crc32c(reinterpret_cast<const uint8_t *>(data.c_str()), data.size()); },
           "data"_a, "CRC-32C of bytes.");
     m.def("set_expert_store", &set_expert_store, "store"_a.none(),

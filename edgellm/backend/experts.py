@@ -40,9 +40,10 @@ class Slice:
     layer: int  # MoE layers count from 0
     file: int  # index of the file
     offset: int  # bytes from the start of the file to expert 0's matrix
-    n_bytes: int  # of one expert's matrix
+    n_bytes: int  # of one expert's matrix, as the type has it
     may_pack: bool = True
-    stride: int = 0  # bytes from one expert's matrix to the next one's; 0: they follow each other
+    offsets: tuple[int, ...] = ()  # (experts,): where each one's matrix is; empty: they follow each other
+    widths: bytes = b""  # (experts,): bits to which each was narrowed in the file; empty, 0: not
 
     @property
     def packed(self) -> bool:
@@ -58,6 +59,15 @@ class Slice:
         """Memory for one expert's matrix, with what unbuffered reads need around it."""
         return self._native().extent
 
+    def offset_of(self, expert: int) -> int:
+        """Bytes from the start of the file to the expert's matrix."""
+        return self.offsets[expert] if self.offsets else self.offset + expert * self.n_bytes
+
+    def stored_bytes(self, expert: int) -> int:
+        """Bytes of the expert's matrix in the file."""
+        width = self.widths[expert] if self.widths else 0
+        return narrow_size(self.type, self.columns, self.rows, width) if width else self.n_bytes
+
     def of_layer(self, layer: int) -> Slice:
         """The same, of another layer."""
         return replace(self, layer=layer)
@@ -72,8 +82,9 @@ class Slice:
             file=self.file,
             offset=self.offset,
             bytes=self.n_bytes,
-            stride=self.stride or self.n_bytes,
             packed=self.packed,
+            offsets=list(self.offsets),
+            widths=self.widths,
         )
 
 
@@ -109,10 +120,12 @@ class ExpertStore:
         stream_bytes: int,
         direct: bool = True,
         checksums: npt.NDArray[np.uint32] | None = None,
+        trial_widths: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         """`pools[layer]` is the pool of the layer's experts, `slots[pool]` how many of them it holds; `stream_bytes`
         is the area for those of one layer that find no slot: at least two of the largest matrices. `checksums`,
-        (slices, experts), are compared with the `crc32c` of what is read.
+        (slices, experts), are compared with the `crc32c` of what is read. `trial_widths`, (layers, experts): bits to
+        which experts are narrowed and widened again when they are read, to see what it does to them; 0: not.
 
         Raises ModelLoadError; ModelUnsupportedError where llama.cpp is not the library that was expected.
         """
@@ -130,6 +143,7 @@ class ExpertStore:
                 readers=READERS,
                 direct=direct,
                 checksums=[] if checksums is None else checksums.ravel().tolist(),
+                trial_widths=[] if trial_widths is None else trial_widths.ravel().tolist(),
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelLoadError(f"the experts cannot be paged: {error}") from None
@@ -235,9 +249,9 @@ def crc32c(data: bytes) -> int:
     return _kernels.crc32c(data)
 
 
-def reader_bytes(slices: Sequence[Slice]) -> int:
+def reader_bytes(slices: Sequence[Slice], experts: int) -> int:
     """Memory that the readers of a store with these take, beside its slots."""
-    return READERS * _kernels.reader_bytes([piece._native() for piece in slices])
+    return READERS * _kernels.reader_bytes([piece._native() for piece in slices], experts)
 
 
 @functools.cache

@@ -10,10 +10,8 @@ from pathlib import Path
 from edgellm.models.ggml_types import FILE_TYPES
 from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
 from edgellm.models.gguf_values import Value
+from edgellm.models.packs import STACKED_EXPERTS, is_pack, model_tensors
 from edgellm.models.split import split_headers
-
-STACKED_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate_up|up|gate|down)_exps\.weight")
-"""Names of stacked expert tensors: one matrix for each expert, (experts, rows, columns)."""
 
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # llama.cpp itself makes these non-causal, whatever the file says (src/models/*.cpp).
@@ -52,7 +50,8 @@ class ModelInfo:
     file_bytes: int  # over all files
     tensor_bytes: int
     matrix_bytes: Mapping[str, int]  # of the two-dimensional tensors, by type: "Q4_K"
-    expert_bytes: int  # of the stacked expert tensors
+    expert_bytes: int  # of the stacked expert tensors, in memory
+    packed: bool  # an expert pack: it can be paged, and not be mapped
     quantisation: str  # as in file names: "Q4_K_M"
     context_tokens: int  # that the model was trained on
     layers: int
@@ -92,7 +91,7 @@ def describe(source: GGUFHeader | Path | str) -> ModelInfo:
     """
     header = source if isinstance(source, GGUFHeader) else read_header(source)
     headers = split_headers(header)
-    tensors = [tensor for part in headers for tensor in part.tensors]
+    tensors = [tensor for part in headers for tensor in model_tensors(part)]
     facts = _Facts(header)
     is_adapter = facts.text("general.type") == "adapter"
     layers = facts.number("block_count")
@@ -110,6 +109,7 @@ def describe(source: GGUFHeader | Path | str) -> ModelInfo:
         tensor_bytes=sum(tensor.n_bytes for tensor in tensors),
         matrix_bytes=_bytes_by_type(tensor for tensor in tensors if len(tensor.dims) == 2),
         expert_bytes=sum(tensor.n_bytes for tensor in tensors if STACKED_EXPERTS.fullmatch(tensor.name)),
+        packed=is_pack(header),
         quantisation=_quantisation(header, headers),
         context_tokens=facts.number("context_length"),
         layers=layers,
@@ -198,7 +198,7 @@ def _quantisation(header: GGUFHeader, headers: tuple[GGUFHeader, ...]) -> str:
     code = header.metadata.get("general.file_type")
     if isinstance(code, int) and code in FILE_TYPES:
         return FILE_TYPES[code]
-    held = _bytes_by_type(tensor for part in headers for tensor in part.tensors)
+    held = _bytes_by_type(tensor for part in headers for tensor in model_tensors(part))
     return max(held, key=lambda name: held[name]) if held else "unknown"
 
 

@@ -80,12 +80,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """A header that passed every check. `value_types` names each key's type, e.g. "uint32" or "string[]"."""
+    """A header that passed every check. `value_types` names each key's type, e.g. "uint32" or "string[]"; `places` has
+    the bytes of the file, first and behind the last, that key, type and value take."""
 
     path: Path
     version: int
     metadata: Mapping[str, Value]
     value_types: Mapping[str, str]
+    places: Mapping[str, tuple[int, int]]
     tensors: tuple[TensorInfo, ...]
     data_offset: int  # bytes from the start of the file
     file_bytes: int
@@ -187,8 +189,10 @@ class _HeaderReader:
         self._check_count(n_keys, MAX_KEYS, 13, "keys")
         metadata: dict[str, Value] = {}
         types: dict[str, str] = {}
+        places: dict[str, tuple[int, int]] = {}
         for index in range(n_keys):
-            self._read_pair(index, metadata, types)
+            start = self._position
+            places[self._read_pair(index, metadata, types)] = (start, self._position)
         problem = check_metadata(metadata, types)
         if problem:
             self._fail(problem)
@@ -199,6 +203,7 @@ class _HeaderReader:
             version=version,
             metadata=MappingProxyType(metadata),
             value_types=MappingProxyType(types),
+            places=MappingProxyType(places),
             tensors=tensors,
             data_offset=data_offset,
             file_bytes=self._file_bytes,
@@ -229,7 +234,8 @@ class _HeaderReader:
         if count * least_bytes > self._file_bytes - self._position:
             self._fail(f"truncated: {count} {what} do not fit the {self._file_bytes} bytes of the file")
 
-    def _read_pair(self, index: int, metadata: dict[str, Value], types: dict[str, str]) -> None:
+    def _read_pair(self, index: int, metadata: dict[str, Value], types: dict[str, str]) -> str:
+        """The key."""
         start = self._position
         key = self._name(f"key {index}", _MAX_KEY_BYTES)
         if key in metadata:
@@ -246,6 +252,7 @@ class _HeaderReader:
             metadata[key] = struct.unpack_from("<" + letter, self._data, at)[0]
         else:
             self._fail(f"key {key!r} has the unknown value type {code}")
+        return key
 
     def _read_array(self, key: str) -> tuple[Value, str]:
         code = self._u32(f"the element type of {key!r}")

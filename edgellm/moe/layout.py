@@ -40,7 +40,7 @@ class ExpertLayout:
     @property
     def reading_bytes(self) -> int:
         """Memory that the readers take to rearrange experts."""
-        return reader_bytes(self.slices)
+        return reader_bytes(self.slices, self.experts)
 
     @property
     def least_bytes(self) -> int:

@@ -68,8 +68,7 @@ def a_store(
 
 
 def expected(path: Path, piece: Slice, expert: int) -> bytes:
-    start = piece.offset + expert * (piece.stride or piece.n_bytes)
-    raw = np.fromfile(path, np.uint8, piece.n_bytes, offset=start)
+    raw = np.fromfile(path, np.uint8, piece.n_bytes, offset=piece.offset_of(expert))
     return _kernels.pack(piece.type, COLUMNS, ROWS, raw).tobytes() if piece.packed else raw.tobytes()
 
 
@@ -203,7 +202,10 @@ def test_matrices_beside_each_other_are_read_at_once(path: Path) -> None:
     for layer in range(LAYERS):
         at = offset
         for kind, name in ((Q8_0, "Q8_0"), (F32, "F32")):
-            beside.append(Slice(f"{layer}.{name}", kind, name, COLUMNS, ROWS, layer, 0, at, SIZES[kind], stride=record))
+            offsets = tuple(at + expert * record for expert in range(EXPERTS))
+            beside.append(
+                Slice(f"{layer}.{name}", kind, name, COLUMNS, ROWS, layer, 0, at, SIZES[kind], offsets=offsets)
+            )
             at += -(-SIZES[kind] // 64) * 64
         offset += EXPERTS * record
     path.write_bytes(draw.integers(0, 256, offset, np.uint8).tobytes())

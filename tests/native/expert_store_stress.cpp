@@ -4,6 +4,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +16,7 @@
 #include <vector>
 
 #include "expert_store.h"
+#include "narrow.h"
 #include "packed.h"
 
 using edgellm::ExpertSlice;
@@ -23,6 +26,7 @@ namespace {
 
 constexpr int kThreads = 3, kLayers = 4, kExperts = 12, kSteps = 70;
 constexpr int32_t kFloat = 0;
+constexpr uint8_t kWidth = 4;
 
 uint8_t expected(const ExpertSlice & slice, int expert, size_t i) {
     return static_cast<uint8_t>(slice.layer * 57 + slice.index * 31 + expert * 7 + static_cast<int>(i % 251));
@@ -34,7 +38,7 @@ struct Fixture {
 };
 
 // Matrices of odd sizes at odd places; those of type Q8_0 are packed on their way. `beside`: as in a pack, an expert's
-// matrices follow each other, and each expert begins at a sector.
+// matrices follow each other, and each expert begins at a sector; of those of type Q8_0 every third is narrowed.
 Fixture write_file(const std::string & folder, bool packed, bool beside) {
     Fixture f{folder + "/experts.bin", {}};
     std::vector<char> content;
@@ -43,14 +47,20 @@ Fixture write_file(const std::string & folder, bool packed, bool beside) {
         for (int part = 0; part < 3; ++part) {
             const int64_t columns = packed ? 64 : 33, rows = packed ? 32 : 40 + part;
             const uint64_t bytes = packed ? static_cast<uint64_t>(rows * columns / 32 * 34) : static_cast<uint64_t>(rows * columns * 4);
-            const uint64_t record = 8 * edgellm::kSector, stride = beside ? record : bytes;
+            const uint64_t record = 8 * edgellm::kSector;
             ExpertSlice slice{"l" + std::to_string(layer) + "p" + std::to_string(part), packed ? int32_t{edgellm::Q8_0} : kFloat,
-                              columns, rows, layer, part, 0, offset, bytes, stride, packed, 0, 0};
-            if (beside) slice.offset = static_cast<uint64_t>(layer) * kExperts * record + static_cast<uint64_t>(part) * (bytes + 17);
+                              columns, rows, layer, part, 0, offset, bytes, packed, {}, {}, 0, 0};
+            for (uint64_t e = 0; beside && e < kExperts; ++e)
+                slice.offsets.push_back((static_cast<uint64_t>(layer) * kExperts + e) * record + static_cast<uint64_t>(part) * (bytes + 17));
+            for (int e = 0; beside && packed && e < kExperts; ++e) slice.widths.push_back(e % 3 == 0 ? kWidth : 0);
             for (int e = 0; e < kExperts; ++e) {
+                std::vector<uint8_t> matrix(bytes), stored(slice.stored_bytes(e));
+                for (size_t i = 0; i < bytes; ++i) matrix[i] = expected(slice, e, i);
+                if (slice.width_of(e) != 0) edgellm::narrow(slice.type, columns, rows, kWidth, matrix.data(), stored.data());
+                else stored = matrix;
                 const size_t at = slice.offset_of(e);
-                content.resize(std::max(content.size(), at + bytes));
-                for (size_t i = 0; i < bytes; ++i) content[at + i] = static_cast<char>(expected(slice, e, i));
+                content.resize(std::max(content.size(), at + stored.size()));
+                std::copy(stored.begin(), stored.end(), content.begin() + static_cast<std::ptrdiff_t>(at));
             }
             offset += bytes * kExperts;
             f.slices.push_back(slice);
@@ -71,6 +81,11 @@ struct Shared {
 void check(Shared & s, const ExpertStore::Task & task, size_t from, size_t to) {
     std::vector<uint8_t> raw(s.slice->bytes), packed;
     for (size_t i = 0; i < raw.size(); ++i) raw[i] = expected(*s.slice, task.expert, i);
+    if (s.slice->width_of(task.expert) != 0) {
+        std::vector<uint8_t> stored(s.slice->stored_bytes(task.expert));
+        edgellm::narrow(s.slice->type, s.slice->columns, s.slice->rows, kWidth, raw.data(), stored.data());
+        edgellm::widen(s.slice->type, s.slice->columns, s.slice->rows, kWidth, stored.data(), raw.data());
+    }
     const uint8_t * want = raw.data();
     if (s.slice->packed) {
         packed.resize(s.slice->memory_bytes());
