@@ -29,7 +29,8 @@ _FLASH = {"auto": -1, "off": 0, "on": 1}
 class EvalCallback:
     """A native function called for graph nodes (`ggml_backend_sched_eval_callback`), as addresses.
 
-    Expert paging hooks in here. The owner keeps both alive as long as the context.
+    For looking at what is computed; experts are paged by a buffer type of their own (kernels/expert_buffer.h). The
+    owner keeps both alive as long as the context.
     """
 
     function: int

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgellm import _kernels
 from edgellm.backend.host import UnknownLibraryError, connect_host
-from edgellm.backend.packing import packable_types, packing_kernels
+from edgellm.backend.packing import INSTALLING, packable_types, packing_kernels
 from edgellm.errors import ModelLoadError, ModelUnsupportedError
 
 Counts = npt.NDArray[np.uint32]
@@ -254,12 +254,17 @@ def reader_bytes(slices: Sequence[Slice], experts: int) -> int:
     return READERS * _kernels.reader_bytes([piece._native() for piece in slices], experts)
 
 
-@functools.cache
 def paging_fault() -> str | None:
     """Why experts cannot be paged with this llama.cpp; None where they can.
 
-    The first call, which must come before the first model is loaded, hooks the stores in.
+    The first call, which must come before the first model is loaded, hooks the stores in. From any thread.
     """
+    with INSTALLING:
+        return _installed()
+
+
+@functools.cache
+def _installed() -> str | None:
     kernels = packing_kernels()
     try:
         connect_host()

@@ -10,20 +10,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 
 from edgellm import _kernels
 from edgellm.backend.host import UnknownLibraryError, connect_host
 
+INSTALLING = threading.RLock()
+"""Held while something is hooked into llama.cpp, or asked whether it is: models are loaded on several threads."""
+
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
 def packing_kernels() -> str | None:
     """The name of the kernels that packed weights will be multiplied with; None where weights are not packed.
 
-    The first call, which must come before the first model is loaded, installs them.
+    The first call, which must come before the first model is loaded, installs them. From any thread.
     """
+    with INSTALLING:
+        return _installed()
+
+
+@functools.cache
+def _installed() -> str | None:
     if not (available := _kernels.kernels()):
         _log.info("weights are not packed: this processor has no instructions for it")
         return None

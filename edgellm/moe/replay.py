@@ -8,6 +8,7 @@ Uniformly random routing makes all policies equal, so only traces of real models
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -148,7 +149,7 @@ def _apply(loads: Sequence[LoadLike], layer: int, experts: int, resident: set[in
     return loaded
 
 
-class _Ranked:
+class _Ranked(ABC):
     """A baseline: evicts the expert of the lowest rank that is not needed now; of equal ones that in the first slot.
 
     Without bypass: what is needed always gets a slot, as long as there are slots for it.
@@ -161,13 +162,13 @@ class _Ranked:
         self._where: dict[int, int] = {}
         self._now = -1
 
+    @abstractmethod
     def rank(self, number: int) -> float:
         """How much an expert (layer * experts + expert) is worth."""
-        raise NotImplementedError
 
+    @abstractmethod
     def used(self, number: int) -> None:
         """The expert is needed in the visit `_now`."""
-        raise NotImplementedError
 
     def visit(self, layer: int, experts: Sequence[int], /) -> list[Load]:
         self._now += 1

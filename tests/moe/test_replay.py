@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 from edgellm import _kernels
-from edgellm.moe.replay import Belady, Lfu, LookAhead, Lru, Policy, Visit, cold_visits, replay, visits_of, warm_visits
+from edgellm.moe.replay import (
+    Belady,
+    Lfu,
+    LookAhead,
+    Lru,
+    Policy,
+    Visit,
+    _Ranked,
+    cold_visits,
+    replay,
+    visits_of,
+    warm_visits,
+)
 from edgellm.moe.residency import Load, Residency
 from edgellm.moe.routes import PROMPT, Trace, write_trace
 from tests.moe.traces import all_traces, made_up
@@ -167,3 +179,12 @@ def test_the_script_prints_a_table_and_json(tmp_path: Path) -> None:
     failed = subprocess.run([sys.executable, SCRIPT, tmp_path / "bad.csv"], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert "bad.csv" in failed.stderr.splitlines()[-1]
+
+
+def test_a_baseline_without_a_rank_is_none() -> None:
+    class Half(_Ranked):
+        def used(self, number: int) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="rank"):
+        Half(4, 2)
