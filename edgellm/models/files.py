@@ -24,9 +24,9 @@ def publish(temporary: Path, path: Path) -> None:
     _sync_directory(path.parent)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`, creating directories as needed. Raises OSError."""
-    with _temporary(path) as temporary:
+def write_atomic(path: Path, data: bytes, *, make_folders: bool = True) -> None:
+    """Make `path` hold `data`, creating directories as needed, if they may be. Raises OSError."""
+    with _temporary(path, make_folders) as temporary:
         temporary.write_bytes(data)
         publish(temporary, path)
 
@@ -52,8 +52,9 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 class _temporary(contextlib.AbstractContextManager[Path]):  # noqa: N801 (reads as a function)
     """A new hidden file beside `path`; removed on exit if it is still there."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, make_folders: bool = True) -> None:
+        if make_folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
         os.close(descriptor)
         self._path = Path(name)

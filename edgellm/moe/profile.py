@@ -25,20 +25,29 @@ def read_profile(path: Path, layout: ExpertLayout) -> Profile:
 
 
 def write_profile(path: Path, counts: Profile) -> None:
-    """In one step. A profile that cannot be written is logged: it is a help, not a need."""
+    """In one step. A profile that cannot be written is logged: it is a help, not a need.
+
+    Where the folder was removed, with the copy of a model's earlier state, nothing is written.
+    """
     try:
         write_array(path, counts)
+    except FileNotFoundError:
+        _log.debug("%s: the folder was removed, and the routing profile with it", path)
     except OSError as error:
         _log.warning("the routing profile %s cannot be written: %s", path, error)
 
 
 def hottest(counts: Profile, layout: ExpertLayout, slots: Sequence[int]) -> list[list[int]]:
-    """(layers,): the experts that fill `slots[pool]`, the hottest of each layer first."""
+    """(layers,): the experts that fill `slots[pool]`, the hottest of each layer first.
+
+    Experts that were never needed only where there is room for all: elsewhere the slots are left to what is needed.
+    """
     chosen: list[list[int]] = [[] for _ in range(layout.layers)]
     for pool, count in enumerate(slots):
         layers = [layer for layer in range(layout.layers) if layout.pools[layer] == pool]
         heat = counts[layers].ravel()
-        for index in np.argsort(-heat.astype(np.float64), kind="stable")[:count]:
+        known = count if count >= heat.size else min(count, int(np.count_nonzero(heat)))
+        for index in np.argsort(-heat.astype(np.float64), kind="stable")[:known]:
             chosen[layers[int(index) // layout.experts]].append(int(index) % layout.experts)
     return chosen
 

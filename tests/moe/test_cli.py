@@ -45,10 +45,12 @@ def test_inspect(tmp_path: Path) -> None:
     shown = run("inspect", str(path))
     for part in ("3", "8 in a layer, 2 for each token", "none yet", "24 of 24", "unknown"):
         assert part in shown
-    counts = read_profile(profile_path(path, home_dir()), layout)
+    profile = profile_path(path, home_dir())
+    profile.parent.mkdir(parents=True)
+    counts = read_profile(profile, layout)
     counts[:, 0] = 3
     counts[:, 5] = 1
-    write_profile(profile_path(path, home_dir()), counts)
+    write_profile(profile, counts)
     facts = json.loads(run("inspect", str(path), "--json", "--expert-memory", str(layout.whole_bytes)))
     assert facts["least_budget_bytes"] == layout.least_bytes
     assert facts["budgets"] == [{"bytes": layout.whole_bytes, "slots": 24, "expected_hit_rate": 1.0}]

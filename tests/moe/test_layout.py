@@ -14,7 +14,6 @@ from edgellm.models.gguf import read_header
 from edgellm.moe import skeleton
 from edgellm.moe.layout import ExpertLayout, plan_experts, read_layout
 from edgellm.moe.pager import load_paged
-from edgellm.moe.profile import expected_hit_rate, hottest, read_profile, write_profile
 from edgellm.moe.skeleton import profile_path, skeleton_bytes, skeleton_of
 from tests.moe.test_paging import run
 from tests.support.tiny_gguf import write_tiny_llama
@@ -170,27 +169,3 @@ def _split(path: Path, folder: Path) -> list[Path]:
         out.write_tensors_to_file()
         out.close()
     return paths
-
-
-def test_profiles(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    layout = layout_of(path)
-    file = tmp_path / "routing.npy"
-    nothing = read_profile(file, layout)
-    assert nothing.shape == (layout.layers, layout.experts)
-    assert expected_hit_rate(nothing, layout, [4]) is None
-    counts = nothing.copy()
-    counts[0, 3], counts[1, 1], counts[1, 7] = 5, 4, 1
-    write_profile(file, counts)
-    assert np.array_equal(read_profile(file, layout), counts)
-    assert hottest(counts, layout, [2])[:2] == [[3], [1]]
-    assert expected_hit_rate(counts, layout, [2]) == 0.9
-    for damage in (b"", b"x" * 100, file.read_bytes()[:90]):
-        file.write_bytes(damage)
-        assert not read_profile(file, layout).any()
-        assert "routing.npy" in caplog.text
-        caplog.clear()
-    np.save(file, np.zeros((1, 1), np.uint64))
-    assert not read_profile(file, layout).any()
-    assert "another model" in caplog.text
-    write_profile(tmp_path / "routing.npy" / "below", counts)
-    assert "cannot be written" in caplog.text
