@@ -28,6 +28,9 @@ READERS = 4
 """Threads that read: what keeps a disk busy, at little cost while they wait."""
 
 
+_NATIVE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, IndexError, TypeError, OverflowError)
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """One stacked tensor of a MoE layer: a (rows, columns) matrix for each expert."""
@@ -145,8 +148,11 @@ class ExpertStore:
                 checksums=[] if checksums is None else checksums.ravel().tolist(),
                 trial_widths=[] if trial_widths is None else trial_widths.ravel().tolist(),
             )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelLoadError(f"the experts cannot be paged: {error}") from None
+        except _NATIVE_ERRORS as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            for path in files:  # clients see it
+                reason = reason.replace(str(path), path.name)
+            raise ModelLoadError(f"the experts cannot be paged: {reason}") from None
         self.slots = tuple(slots)
         self._layers = len(pools)
 

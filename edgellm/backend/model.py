@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,34 @@ class Model:
     ) -> None:
         """Maps the file, or reads it into memory, and prepares the weights.
 
-        With `experts`, the model's expert tensors lie there; the store is then the model's, and closed with it.
+        With `experts`, the model's expert tensors lie there; the store is then the model's, and closed with it, also if
+        it cannot be loaded.
         Raises ModelLoadError with llama.cpp's own words, ModelUnsupportedError for experts that cannot be paged.
         """
+        self.path = path
         self.experts = experts
-        low = lib()
+        self._handle: Any = None
+        try:
+            self._load(mapped, packed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, mapped: bool, packed: bool) -> None:
+        low, path, experts = lib(), self.path, self.experts
         params = low.llama_model_default_params()
         if not mapped:
             params.load_mode = low.LLAMA_LOAD_MODE_NONE
         take_errors()
         with packing(packed), experts_in(experts):
-            self._handle: Any = low.llama_model_load_from_file(str(path).encode(), params)
+            self._handle = low.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
-            reason = take_errors() or "no reason given"
-            self.close()
-            raise ModelLoadError(f"llama.cpp could not load {path.name}: {reason}")
+            reason = take_errors().replace(f"{path.parent}{os.sep}", "")  # clients see it
+            raise ModelLoadError(f"llama.cpp could not load {path.name}: {reason or 'no reason given'}")
         if experts is not None and (wrong := experts.fault):
-            self.close()
             raise ModelUnsupportedError(f"{path.name}: {wrong}")
-        self.path = path
         self.vocab = Vocab(self._handle)
         if fault := self.vocab.fault():
-            self.close()
             raise ModelLoadError(f"{path.name} cannot be used: {fault}")
         self.trained_context_tokens: int = low.llama_model_n_ctx_train(self._handle)
         self.embedding_width: int = low.llama_model_n_embd_out(self._handle)

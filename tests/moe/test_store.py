@@ -300,6 +300,30 @@ def test_files_that_are_not_there_or_too_short(path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pools": [1] * LAYERS},  # IndexError
+        {"slots": [1 << 40]},  # TypeError
+        {"stream_bytes": 1},  # ValueError
+    ],
+)
+def test_what_cannot_be_is_one_kind_of_error(path: Path, wrong: dict[str, list[int]]) -> None:
+    right = {"experts": EXPERTS, "pools": [0] * LAYERS, "slots": [1], "stream_bytes": 1 << 20}
+    with pytest.raises(ModelLoadError, match=r"^the experts cannot be paged: .+$"):
+        ExpertStore(slices(), [path], **(right | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [MemoryError, OverflowError, OSError])
+def test_so_is_what_there_is_no_memory_for(path: Path, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise kind
+
+    monkeypatch.setattr(_kernels, "ExpertStore", fail)
+    with pytest.raises(ModelLoadError, match=rf"^the experts cannot be paged: {kind.__name__}$"), a_store(path):
+        pass
+
+
 def test_a_store_is_closed_while_it_reads(path: Path) -> None:
     for _ in range(20):
         with a_store(path) as store:
