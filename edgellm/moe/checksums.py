@@ -30,12 +30,12 @@ def checksums_of(layout: ExpertLayout, path: Path) -> Checksums:
     known = read_array(path, (len(layout.slices), layout.experts), np.uint32)
     if known is not None:
         return known
-    _log.info("%s: reading %d MiB of experts for checksums, once", layout.files[0].name, layout.all_read_bytes >> 20)
+    _log.info("%s: reading %d MiB of experts for checksums, once", layout.name, layout.all_read_bytes >> 20)
     try:
         made = _make(layout)
         write_array(path, made)
     except OSError as error:
-        raise ModelLoadError(f"checksums of {layout.files[0].name} cannot be made: {error.strerror or error}") from None
+        raise ModelLoadError(f"checksums of {layout.name} cannot be made: {error.strerror or error}") from None
     return made
 
 

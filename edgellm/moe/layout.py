@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.backend.experts import Slice, reader_bytes
@@ -32,6 +32,12 @@ class ExpertLayout:
     pools: tuple[int, ...]  # (layers,): layers whose experts take the same memory share a pool
     slot_bytes: tuple[int, ...]  # (pools,): memory of one expert
     read_bytes: tuple[int, ...]  # (layers,): what reading one expert reads
+    headers: tuple[GGUFHeader, ...] = field(repr=False, compare=False)  # (files,): read once for all of a load
+
+    @property
+    def name(self) -> str:
+        """Of the first file, as it was named."""
+        return self.headers[0].path.name
 
     @property
     def layers(self) -> int:
@@ -72,8 +78,8 @@ def read_layout(path: Path, *, packed: bool = True) -> ExpertLayout | None:
 
     `packed`: they are rearranged for this processor on their way into memory, where they can be.
 
-    Raises ModelUnsupportedError for experts that are not stacked or differ in number from layer to layer, and what
-    `read_header` and `split_headers` raise.
+    Raises ModelUnsupportedError for experts that are not stacked, or not as many in every layer as the file says, and
+    what `read_header` and `split_headers` raise.
     """
     headers = split_headers(read_header(path))
     found: dict[int, list[tuple[int, Slice, int]]] = {}
@@ -81,8 +87,8 @@ def read_layout(path: Path, *, packed: bool = True) -> ExpertLayout | None:
         for tensor in header.tensors:
             if _SEPARATE.fullmatch(tensor.name):
                 raise ModelUnsupportedError(
-                    f"{path.name}: its experts are tensors of their own ({tensor.name}); only files with stacked "
-                    "expert tensors can be paged. Convert the model anew, or serve it with --expert-memory off"
+                    f"{path.name}: its experts are tensors of their own ({tensor.name}), as in files of 2023; only "
+                    "stacked ones can be paged, and llama.cpp no longer loads others. Convert the model anew"
                 )
             if match := STACKED_EXPERTS.fullmatch(tensor.name):
                 piece, experts = _slice(tensor, file, header.data_offset, packed)
@@ -114,6 +120,11 @@ def _layout(headers: tuple[GGUFHeader, ...], found: dict[int, list[tuple[int, Sl
     counts = {experts for pieces in found.values() for _, _, experts in pieces}
     if len(counts) != 1:
         raise ModelUnsupportedError(f"{headers[0].path.name}: its layers have different numbers of experts")
+    experts, said = counts.pop(), _whole(_own(headers[0], "expert_count"))
+    if said and said != experts:
+        raise ModelUnsupportedError(
+            f"{headers[0].path.name}: its tensors have {experts} experts in a layer, but it says {said}"
+        )
     slices: list[Slice] = []
     pools: list[int] = []
     kinds: dict[tuple[int, ...], int] = {}
@@ -128,16 +139,22 @@ def _layout(headers: tuple[GGUFHeader, ...], found: dict[int, list[tuple[int, Sl
         files=tuple(header.path.resolve() for header in headers),
         slices=tuple(slices),
         blocks=tuple(sorted(found)),
-        experts=counts.pop(),
+        experts=experts,
         experts_used=_experts_used(headers[0]),
         pools=tuple(pools),
         slot_bytes=tuple(sum(extents) for extents in kinds),
         read_bytes=tuple(read_bytes),
+        headers=headers,
     )
 
 
+def _own(header: GGUFHeader, key: str) -> object:
+    """Metadata under the architecture's name."""
+    return header.metadata.get(f"{header.metadata.get('general.architecture')}.{key}")
+
+
 def _experts_used(header: GGUFHeader) -> int:
-    used = header.metadata.get(f"{header.metadata.get('general.architecture')}.expert_used_count", 0)
+    used = _own(header, "expert_used_count")
     return max((item for item in used if isinstance(item, int)), default=0) if isinstance(used, tuple) else _whole(used)
 
 

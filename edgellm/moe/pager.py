@@ -29,11 +29,10 @@ def load_paged(
 
     `packed`: the dense matrices are rearranged for this processor, as are the experts that the layout says so of.
     `home` is where copies of dense parts are kept (skeleton.py); `checksums`: experts are checked when they are read
-    (checksums.py). Raises ModelTooLargeError, ModelLoadError,
-    ModelUnsupportedError.
+    (checksums.py). Raises ModelTooLargeError, ModelLoadError, ModelUnsupportedError.
     """
     plan = plan_experts(layout, budget_bytes)
-    path = skeleton_of(layout.files[0], home)
+    path = skeleton_of(layout.headers, home)
     store = ExpertStore(
         layout.slices,
         layout.files,
@@ -44,20 +43,32 @@ def load_paged(
         checksums=checksums_of(layout, path.with_name(_CHECKSUMS)) if checksums else None,
     )
     model = Model(path, mapped=False, packed=packed, experts=store)
-    routers = read_routers(layout)
-    if (width := router_width(routers)) and layout.experts_used:
-        parts = [(router.weights, router.bias, router.selection_bias, router.sigmoid) for router in routers]
-        store.set_routers(parts, layout.experts_used, width)
+    try:
+        _set_routers(store, layout)
+    except BaseException:
+        model.close()
+        raise
     held, all_experts = sum(plan.slots), layout.layers * layout.experts
     _log.info(
         "%s: %d of %d experts stay in memory (%d MiB)%s",
-        layout.files[0].name,
+        layout.name,
         held,
         all_experts,
         plan.total_bytes // _MIB,
         "" if store.direct else "; the file system has no unbuffered reads",
     )
     return model
+
+
+def _set_routers(store: ExpertStore, layout: ExpertLayout) -> None:
+    """Without routers that can be used, nothing is foreseen: that is slower, and no fault of the model's."""
+    try:
+        routers = read_routers(layout)
+        if (width := router_width(routers)) and layout.experts_used:
+            parts = [(router.weights, router.bias, router.selection_bias, router.sigmoid) for router in routers]
+            store.set_routers(parts, layout.experts_used, width)
+    except (OSError, ValueError) as error:
+        _log.warning("%s: no experts are read ahead: its routers cannot be used: %s", layout.name, error)
 
 
 @dataclass(frozen=True, slots=True)

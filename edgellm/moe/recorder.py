@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from edgellm.backend.batch import Batch
 from edgellm.backend.context import Context, ContextParams
+from edgellm.backend.model import Model
 from edgellm.errors import ModelUnsupportedError
 from edgellm.moe.layout import ExpertLayout
 from edgellm.moe.pager import load_paged
@@ -38,32 +40,33 @@ def record_routes(
 ) -> Recording:
     """Reads the first `tokens` tokens of `text`. Raises ModelUnsupportedError and what `load_paged` raises."""
     if not layout.experts_used:
-        raise ModelUnsupportedError(f"{layout.files[0].name} does not say how many experts a token uses")
+        raise ModelUnsupportedError(f"{layout.name} does not say how many experts a token uses")
     model = load_paged(layout, budget_bytes, home)
+    counter = _Counter(layout.layers)
+    with contextlib.closing(model):
+        ids = model.vocab.tokenize(text, add_special=False, parse_special=False)[:tokens]
+        steps = _steps(model, ids, counter, threads)
+    name = "".join(layout.headers[0].path.stem.split())
+    shape = Shape(name, architecture, layout.layers, layout.experts, layout.experts_used, layout.read_bytes)
+    return Recording(Trace(shape, tuple(steps)), counter.recalls())
+
+
+def _steps(model: Model, ids: Sequence[int], counter: _Counter, threads: int) -> list[Step]:
+    """The steps of reading `ids`, which `counter` has looked at."""
     store = model.experts
     if store is None:
-        raise ModelUnsupportedError(f"{layout.files[0].name} is not paged")
-    ids = model.vocab.tokenize(text, add_special=False, parse_special=False)[:tokens]
-    context = Context(
-        model, ContextParams(len(ids) + 1, sequences=1, batch_tokens=_ROWS, outputs=_ROWS, threads=threads)
-    )
-    counter, steps, batch = _Counter(layout.layers), list[Step](), Batch(_ROWS)
-    try:
+        raise ModelUnsupportedError(f"{model.path.name} is not paged")
+    params = ContextParams(len(ids) + 1, sequences=1, batch_tokens=_ROWS, outputs=_ROWS, threads=threads)
+    steps, batch = list[Step](), Batch(_ROWS)
+    with contextlib.closing(Context(model, params)) as context:
         store.log_routes(True)
         for start in range(0, len(ids), _ROWS):
             rows = ids[start : start + _ROWS]
             batch.clear()
-            batch.extend(
-                rows, start, 0, outputs=len(rows)
-            )  # llama.cpp leaves out rows without output in the last layer
+            batch.extend(rows, start, 0, outputs=len(rows))  # without output, llama.cpp leaves them out at the end
             context.decode(batch)
             steps += counter.take(store.take_log(), start)
-    finally:
-        context.close()
-        model.close()
-    name = "".join(layout.files[0].stem.split())
-    shape = Shape(name, architecture, layout.layers, layout.experts, layout.experts_used, layout.read_bytes)
-    return Recording(Trace(shape, tuple(steps)), counter.recalls())
+    return steps
 
 
 def steps_in(log: npt.NDArray[np.int32], layers: int) -> list[Step]:

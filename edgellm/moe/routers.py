@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
-from edgellm.models.split import split_headers
+from edgellm.models.gguf import GGUFHeader, TensorInfo
 from edgellm.moe.layout import ExpertLayout
 
 Floats = npt.NDArray[np.float32]
@@ -31,10 +30,9 @@ class Router:
 
 def read_routers(layout: ExpertLayout) -> tuple[Router, ...]:
     """(layers,): the layers' routers. Raises OSError."""
-    headers = split_headers(read_header(layout.files[0]))
-    first = headers[0]
+    first = layout.headers[0]
     function = first.metadata.get(f"{first.metadata.get('general.architecture')}.expert_gating_func")
-    places = {tensor.name: (header, tensor) for header in headers for tensor in header.tensors}
+    places = {tensor.name: (header, tensor) for header in layout.headers for tensor in header.tensors}
     return tuple(_router(places, block, layout.experts, function == _SIGMOID) for block in layout.blocks)
 
 

@@ -8,84 +8,114 @@ each model, and made anew when the model's file changes.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgellm.errors import ModelLoadError
 from edgellm.models.describe import STACKED_EXPERTS
-from edgellm.models.gguf import GGUFHeader, read_header
-from edgellm.models.split import split_headers
+from edgellm.models.gguf import GGUFHeader
 
 PROFILE_NAME = "routing.npy"
 
 _log = logging.getLogger(__name__)
 _CHUNK_BYTES = 8 << 20
 _SPARE_BYTES = 64 << 20  # of disk that is left free
+_MAKING = ".making-"
+_ABANDONED_S = 24 * 3600.0  # a copy that is still being made after so long, nobody is making
+_THERE = (errno.ENOTEMPTY, errno.EEXIST)  # what rename() says of a target that is not empty
+
+Headers = tuple[GGUFHeader, ...]
 
 
-def skeleton_of(path: Path, home: Path) -> Path:
-    """The (first) file of the copy of the model at `path`; made now, under `home`, if there is none yet.
+def skeleton_of(headers: Headers, home: Path) -> Path:
+    """The (first) file of the copy of the model that has these headers; made now, under `home`, if there is none yet.
 
     Raises ModelLoadError if it cannot be made: no room, or no sparse files there.
     """
-    headers = split_headers(read_header(path))
-    folder = home / "experts" / f"{path.stem}-{_fingerprint(headers)}"
-    first = folder / headers[0].path.name
-    if first.is_file():
-        return first
+    name = headers[0].path.name
     try:
+        folder = _folder(headers, home)
+        first = folder / name
+        if first.is_file():
+            return first
         _make(headers, folder)
     except OSError as error:
-        raise ModelLoadError(
-            f"{path.name}: its dense part cannot be copied to {folder.parent}: {error.strerror or error}"
-        ) from None
+        _log.warning("%s: no copy of the dense part in %s: %s", name, home / "experts", error)
+        raise ModelLoadError(f"{name}: its dense part cannot be copied: {error.strerror or error}") from None
+    if not first.is_file():
+        raise ModelLoadError(f"{name}: the copy of its dense part was removed while it was made")
     return first
 
 
-def profile_path(path: Path, home: Path) -> Path:
-    """Where the routing profile of the model at `path` is kept."""
-    headers = split_headers(read_header(path))
-    return home / "experts" / f"{path.stem}-{_fingerprint(headers)}" / PROFILE_NAME
+def profile_path(headers: Headers, home: Path) -> Path:
+    """Where the routing profile of the model that has these headers is kept. Raises OSError if its files are gone."""
+    return _folder(headers, home) / PROFILE_NAME
 
 
-def skeleton_bytes(path: Path) -> int:
-    """Disk that the copy of the model at `path` takes."""
-    return sum(size for header in split_headers(read_header(path)) for _, size in _dense_ranges(header))
+def skeleton_bytes(headers: Headers) -> int:
+    """Disk that the copy of the model takes."""
+    return sum(size for header in headers for _, size in _dense_ranges(header))
 
 
-def _fingerprint(headers: tuple[GGUFHeader, ...]) -> str:
-    """Changes when a file does: its place, size and time of change."""
-    digest = hashlib.sha256()
-    for header in headers:
-        facts = header.path.resolve().stat()
-        digest.update(f"{header.path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]
+def _folder(headers: Headers, home: Path) -> Path:
+    """Named after the model, the files' places, and their state: sizes and times of change."""
+    paths = [header.path.resolve() for header in headers]
+    facts = [path.stat() for path in paths]
+    place = _hash("\0".join(map(str, paths)))
+    state = _hash("\0".join(f"{fact.st_size}\0{fact.st_mtime_ns}" for fact in facts))
+    return home / "experts" / f"{headers[0].path.stem}-{place}-{state}"
 
 
-def _make(headers: tuple[GGUFHeader, ...], folder: Path) -> None:
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _make(headers: Headers, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(size for header in headers for _, size in _dense_ranges(header))
+    _remove_abandoned(folder.parent)
+    _remove_stale(folder)
+    needed = skeleton_bytes(headers)
     if shutil.disk_usage(folder.parent).free < needed + _SPARE_BYTES:
         raise OSError(f"it needs {needed >> 20} MiB of disk")
     _log.info("%s: copying what is not experts (%d MiB), once", headers[0].path.name, needed >> 20)
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    making = Path(tempfile.mkdtemp(prefix=_MAKING, dir=folder.parent))
     try:
         for header in headers:
             _copy_dense(header, making / header.path.name)
-        _remove_stale(headers[0].path, folder)
-        with contextlib.suppress(OSError):  # another process was faster
-            making.rename(folder)
+        if _folder(headers, folder.parent.parent) != folder:
+            raise OSError("the model's file was changed while it was copied")
+        _move(making, folder, [header.path.name for header in headers])
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
+def _move(making: Path, folder: Path, names: list[str]) -> None:
+    """The files `names` of `making` into `folder`, the first of them last: with it there, all are.
+
+    Whoever else has made the same copy in the meantime has made the same files.
+    """
+    try:
+        making.rename(folder)
+    except OSError as error:
+        if error.errno not in _THERE:
+            raise
+        if not (folder / names[0]).is_file():  # a profile or checksums were left of a copy
+            for name in reversed(names):
+                os.replace(making / name, folder / name)
+
+
 def _copy_dense(header: GGUFHeader, target: Path) -> None:
     with header.path.open("rb") as source, target.open("wb") as copy:
+        if os.fstat(source.fileno()).st_size != header.file_bytes:
+            raise OSError("the model's file was changed while it was loaded")
         copy.truncate(header.file_bytes)
         total = 0
         for start, size in _dense_ranges(header):
@@ -104,8 +134,7 @@ def _copy_range(source: int, copy: int, start: int, size: int) -> None:
         data = os.pread(source, piece, start)
         if not data:
             raise OSError("the model's file ends before it should")
-        os.pwrite(copy, data, start)
-        start += len(data)
+        start += os.pwrite(copy, data, start)
 
 
 def _dense_ranges(header: GGUFHeader) -> Iterator[tuple[int, int]]:
@@ -116,12 +145,17 @@ def _dense_ranges(header: GGUFHeader) -> Iterator[tuple[int, int]]:
             yield header.data_offset + tensor.offset, tensor.n_bytes
 
 
-def _remove_stale(path: Path, keep: Path) -> None:
-    """Copies of earlier states of the file."""
-    for folder in keep.parent.glob(f"{_escaped(path.stem)}-{'?' * 16}"):
-        if folder != keep and (folder / path.name).is_file():
+def _remove_stale(keep: Path) -> None:
+    """Copies of earlier states of the same files."""
+    model = keep.name.rpartition("-")[0]
+    for folder in keep.parent.glob(f"{glob.escape(model)}-{'?' * 16}"):
+        if folder != keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _escaped(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+def _remove_abandoned(parent: Path) -> None:
+    """What was left of copies when their makers were ended."""
+    for folder in parent.glob(f"{_MAKING}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)

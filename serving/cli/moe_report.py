@@ -38,7 +38,7 @@ def run_inspect(model: str, budgets: list[str], *, as_json: bool) -> None:
     layout = read_layout(found.path)
     if layout is None:
         raise ModelUnsupportedError(f"{found.path.name} has no experts")
-    profile = read_profile(profile_path(found.path, home_dir()), layout)
+    profile = read_profile(profile_path(layout.headers, home_dir()), layout)
     facts = _facts(found.path.name, layout, profile, [_size(text) for text in budgets])
     facts["dense_bytes"] = describe(found.path).tensor_bytes - layout.all_read_bytes
     if as_json:

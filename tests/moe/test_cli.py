@@ -45,7 +45,7 @@ def test_inspect(tmp_path: Path) -> None:
     shown = run("inspect", str(path))
     for part in ("3", "8 in a layer, 2 for each token", "none yet", "24 of 24", "unknown"):
         assert part in shown
-    profile = profile_path(path, home_dir())
+    profile = profile_path(layout.headers, home_dir())
     profile.parent.mkdir(parents=True)
     counts = read_profile(profile, layout)
     counts[:, 0] = 3

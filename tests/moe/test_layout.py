@@ -1,21 +1,19 @@
-"""Experts found in files, budgets split, copies of the dense part, routing profiles."""
+"""Experts found in files, and budgets split."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from edgellm.errors import ModelLoadError, ModelTooLargeError, ModelUnsupportedError
+from edgellm.errors import ModelTooLargeError, ModelUnsupportedError
 from edgellm.models.gguf import read_header
-from edgellm.moe import skeleton
 from edgellm.moe.layout import ExpertLayout, plan_experts, read_layout
 from edgellm.moe.pager import load_paged
-from edgellm.moe.skeleton import profile_path, skeleton_bytes, skeleton_of
 from tests.moe.test_paging import run
+from tests.support.rewrite import rewrite
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_moe import write_tiny_moe
 
@@ -52,14 +50,17 @@ def test_a_dense_model_has_none(tmp_path: Path) -> None:
 
 
 def test_separate_experts_are_refused(tmp_path: Path) -> None:
-    out = gguf.GGUFWriter(str(tmp_path / "old.gguf"), "llama")
-    out.add_tensor("blk.0.ffn_up.3.weight", np.zeros((32, 32), np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    with pytest.raises(ModelUnsupportedError, match=r"stacked.*--expert-memory off"):
-        read_layout(tmp_path / "old.gguf")
+    stacked = write_tiny_llama(tmp_path / "new.gguf", experts=4)
+    with pytest.raises(ModelUnsupportedError, match=r"stacked.*Convert the model anew"):
+        read_layout(rewrite(stacked, tmp_path / "old.gguf", separate=True))
+
+
+def test_as_many_experts_as_the_file_says(path: Path, tmp_path: Path) -> None:
+    wrong = rewrite(path, tmp_path / "wrong.gguf", values={"deepseek.expert_count": 9})
+    with pytest.raises(ModelUnsupportedError, match="8 experts in a layer, but it says 9"):
+        read_layout(wrong)
+    nothing = {"deepseek.expert_count": 0, "deepseek.expert_used_count": 0}
+    assert layout_of(rewrite(path, tmp_path / "silent.gguf", values=nothing)).experts == 8
 
 
 def test_different_sizes_lie_in_different_pools(tmp_path: Path) -> None:
@@ -95,52 +96,26 @@ def test_a_budget_is_kept(path: Path) -> None:
     assert found.value.needed_bytes == layout.least_bytes
 
 
-def test_the_copy_has_holes_in_place_of_experts(tmp_path: Path) -> None:
-    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe", experts=32, width=256, expert_width=256)
-    copy = skeleton_of(path, tmp_path / "home")
-    assert copy.name == path.name
-    assert copy.stat().st_size == path.stat().st_size
-    assert copy.stat().st_blocks * 512 < skeleton_bytes(path) + 64 * 4096
-    header, original, sparse = read_header(copy), path.read_bytes(), copy.read_bytes()
-    assert sparse[: header.data_offset] == original[: header.data_offset]
-    for tensor in header.tensors:
-        start = header.data_offset + tensor.offset
-        same = sparse[start : start + tensor.n_bytes] == original[start : start + tensor.n_bytes]
-        assert same == ("_exps.weight" not in tensor.name)
-
-
-def test_the_copy_is_made_once_and_anew_when_the_file_changes(path: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    copy = skeleton_of(path, home)
-    made = copy.stat().st_mtime_ns
-    assert skeleton_of(path, home) == copy
-    assert copy.stat().st_mtime_ns == made
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
-    other = skeleton_of(path, home)
-    assert other != copy
-    assert not copy.exists()
-    assert profile_path(path, home).parent == other.parent
-
-
-def test_no_room_for_the_copy(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(skeleton.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(ModelLoadError, match="needs 0 MiB of disk"):
-        skeleton_of(path, tmp_path / "home")
-    assert not list((tmp_path / "home").rglob("*.gguf"))
-
-
-def test_a_home_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("a file")
-    with pytest.raises(ModelLoadError, match="cannot be copied"):
-        skeleton_of(path, tmp_path / "home")
-
-
 def test_a_split_model(path: Path, tmp_path: Path) -> None:
     """Experts on both sides of the border."""
     parts = _split(path, tmp_path / "split")
     whole, split = layout_of(path), layout_of(parts[0])
     assert {piece.file for piece in split.slices} == {0, 1}
+    logits = run(load_paged(whole, whole.least_bytes, tmp_path / "home"))
+    assert np.array_equal(run(load_paged(split, split.least_bytes, tmp_path / "home")), logits)
+
+
+def test_a_split_model_by_way_of_links(path: Path, tmp_path: Path) -> None:
+    """As a cache keeps them: the files have names of their own, and links the names of the parts."""
+    parts = _split(path, tmp_path / "split")
+    links = tmp_path / "links"
+    links.mkdir()
+    for number, part in enumerate(parts):
+        blob = part.rename(tmp_path / f"blob{number}")
+        (links / part.name).symlink_to(blob)
+    split = layout_of(links / parts[0].name)
+    assert split.name == parts[0].name
+    whole = layout_of(path)
     logits = run(load_paged(whole, whole.least_bytes, tmp_path / "home"))
     assert np.array_equal(run(load_paged(split, split.least_bytes, tmp_path / "home")), logits)
 
