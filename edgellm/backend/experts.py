@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edgellm import _kernels
 from edgellm.backend.host import UnknownLibraryError, connect_host
+from edgellm.backend.narrow import narrow_size
 from edgellm.backend.packing import INSTALLING, packable_types, packing_kernels
 from edgellm.errors import ModelLoadError, ModelUnsupportedError
 

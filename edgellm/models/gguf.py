@@ -192,7 +192,8 @@ class _HeaderReader:
         places: dict[str, tuple[int, int]] = {}
         for index in range(n_keys):
             start = self._position
-            places[self._read_pair(index, metadata, types)] = (start, self._position)
+            key = self._read_pair(index, metadata, types)
+            places[key] = (start, self._position)
         problem = check_metadata(metadata, types)
         if problem:
             self._fail(problem)

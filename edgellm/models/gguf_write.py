@@ -49,7 +49,7 @@ def write_header(
 ) -> list[int]:
     """Writes a header at the start of `target`, and says where in the file each tensor's data belong.
 
-    Keys are those of `source` without those in `drop`, and `add`; `alignment`, of the data, is the source's unless it is
+    Keys are those of `source` without those in `drop`, and `add`. `alignment` of the data is the source's unless it is
     given. Raises OSError.
     """
     tensors = list(tensors)

@@ -48,7 +48,9 @@ def read_pack(header: GGUFHeader) -> PackContent:
     """What the pack with this header holds. Raises InvalidModelFileError, ModelUnsupportedError for a later version."""
     version = header.metadata[VERSION_KEY]
     if version != VERSION:
-        raise ModelUnsupportedError(f"{header.path.name} is an expert pack of version {version}, and {VERSION} is known")
+        raise ModelUnsupportedError(
+            f"{header.path.name} is an expert pack of version {version}, and {VERSION} is known"
+        )
     names, types, dims = (header.metadata.get(key) for key in (NAMES_KEY, TYPES_KEY, DIMS_KEY))
     if not (isinstance(names, tuple) and isinstance(types, tuple) and isinstance(dims, tuple)):
         raise _unsound(header, "it does not say what was packed")

@@ -45,15 +45,15 @@ def _make(layout: ExpertLayout) -> Checksums:
     try:
         for number, piece in enumerate(layout.slices):
             file = files[piece.file]
-            file.seek(piece.offset)
             for expert in range(layout.experts):
-                data = file.read(piece.n_bytes)
-                if len(data) < piece.n_bytes:
+                start, size = piece.offset_of(expert), piece.stored_bytes(expert)
+                file.seek(start)
+                data = file.read(size)
+                if len(data) < size:
                     raise OSError(f"the file ends before {piece.name}")
                 made[number, expert] = crc32c(data)
-            if hasattr(os, "posix_fadvise"):  # what was read once need not stay in the page cache
-                size = piece.n_bytes * layout.experts
-                os.posix_fadvise(file.fileno(), piece.offset, size, os.POSIX_FADV_DONTNEED)
+                if hasattr(os, "posix_fadvise"):  # what was read once need not stay in the page cache
+                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
     finally:
         for file in files:
             file.close()

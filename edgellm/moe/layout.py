@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgellm.backend.experts import Slice, reader_bytes
-from edgellm.errors import ModelTooLargeError, ModelUnsupportedError
-from edgellm.models.describe import STACKED_EXPERTS
+from edgellm.errors import InvalidModelFileError, ModelTooLargeError, ModelUnsupportedError
 from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
+from edgellm.models.packs import PACK_TENSOR, STACKED_EXPERTS, is_pack, read_pack
 from edgellm.models.split import split_headers
+from edgellm.moe.records import MULTIPLICATION_ORDER, block_of, lay_out_records
 
 _SEPARATE = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.\d+\.weight")  # Mixtral files of 2023
-_ORDER = ("gate_up", "up", "gate", "down")  # in which llama.cpp multiplies by them
 _STREAM_SHARE = 16  # the streaming area takes at most this part of a budget, beyond the least
 _STREAM_BYTES = 32 << 20  # and at most this: what keeps several reads going
 _MIB = 1 << 20
@@ -31,7 +31,7 @@ class ExpertLayout:
     experts_used: int  # for each token; 0 if the file does not say
     pools: tuple[int, ...]  # (layers,): layers whose experts take the same memory share a pool
     slot_bytes: tuple[int, ...]  # (pools,): memory of one expert
-    read_bytes: tuple[int, ...]  # (layers,): what reading one expert reads
+    read_bytes: tuple[int, ...]  # (layers,): what reading one expert reads; of a pack, in the middle
     headers: tuple[GGUFHeader, ...] = field(repr=False, compare=False)  # (files,): read once for all of a load
 
     @property
@@ -82,6 +82,8 @@ def read_layout(path: Path, *, packed: bool = True) -> ExpertLayout | None:
     what `read_header` and `split_headers` raise.
     """
     headers = split_headers(read_header(path))
+    if is_pack(headers[0]):
+        return _layout(headers, _packed(headers[0], packed))
     found: dict[int, list[tuple[int, Slice, int]]] = {}
     for file, header in enumerate(headers):
         for tensor in header.tensors:
@@ -92,7 +94,7 @@ def read_layout(path: Path, *, packed: bool = True) -> ExpertLayout | None:
                 )
             if match := STACKED_EXPERTS.fullmatch(tensor.name):
                 piece, experts = _slice(tensor, file, header.data_offset, packed)
-                found.setdefault(int(match[1]), []).append((_ORDER.index(match[2]), piece, experts))
+                found.setdefault(int(match[1]), []).append((MULTIPLICATION_ORDER.index(match[2]), piece, experts))
     return _layout(headers, found) if found else None
 
 
@@ -116,6 +118,26 @@ def _slice(tensor: TensorInfo, file: int, data_offset: int, packed: bool) -> tup
     return piece, experts
 
 
+def _packed(header: GGUFHeader, packed: bool) -> dict[int, list[tuple[int, Slice, int]]]:
+    """The stacked tensors of a pack, whose matrices lie in its records."""
+    content = read_pack(header)
+    places = {int(match[1]): tensor for tensor in header.tensors if (match := PACK_TENSOR.fullmatch(tensor.name))}
+    found: dict[int, list[tuple[int, Slice, int]]] = {}
+    for block, widths in zip(sorted(places), content.widths, strict=True):
+        records = lay_out_records([tensor for tensor in content.stacked if block_of(tensor)[0] == block], widths)
+        if records.n_bytes != places[block].n_bytes:
+            raise InvalidModelFileError(
+                f"{header.path.name}: {places[block].name} has {places[block].n_bytes} bytes, not {records.n_bytes}"
+            )
+        start = header.data_offset + places[block].offset
+        for number, tensor in enumerate(records.tensors):
+            piece, experts = _slice(tensor, 0, 0, packed)
+            offsets = tuple(start + int(offset) for offset in records.offsets[number])
+            piece = replace(piece, offsets=offsets, widths=records.widths[number].tobytes())
+            found.setdefault(block, []).append((block_of(tensor)[1], piece, experts))
+    return found
+
+
 def _layout(headers: tuple[GGUFHeader, ...], found: dict[int, list[tuple[int, Slice, int]]]) -> ExpertLayout:
     counts = {experts for pieces in found.values() for _, _, experts in pieces}
     if len(counts) != 1:
@@ -134,7 +156,7 @@ def _layout(headers: tuple[GGUFHeader, ...], found: dict[int, list[tuple[int, Sl
         extents = tuple(piece.extent_bytes for piece in pieces)
         slices += pieces
         pools.append(kinds.setdefault(extents, len(kinds)))
-        read_bytes.append(sum(piece.n_bytes for piece in pieces))
+        read_bytes.append(sum(piece.stored_bytes(expert) for piece in pieces for expert in range(experts)) // experts)
     return ExpertLayout(
         files=tuple(header.path.resolve() for header in headers),
         slices=tuple(slices),

@@ -138,9 +138,7 @@ def _write(
     dense = list(_dense(headers))
     new = [NewTensor(tensor.name, tensor.dims, tensor.type) for _, tensor in dense]
     new += [NewTensor(f"blk.{block}.expert_pack", (records[block].n_bytes,), _BYTES) for block in sorted(blocks)]
-    offsets = write_header(
-        file, headers[0], new, drop=(*_SPLIT_KEYS, *PACK_KEYS), add=keys, alignment=RECORD_ALIGNMENT
-    )
+    offsets = write_header(file, headers[0], new, drop=(*_SPLIT_KEYS, *PACK_KEYS), add=keys, alignment=RECORD_ALIGNMENT)
     total, done = sum(tensor.n_bytes for tensor in new), 0
     sources = {header.path: header.path.open("rb") for header in headers}
     try:

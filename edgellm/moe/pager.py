@@ -6,6 +6,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from edgellm.backend.experts import ExpertStats, ExpertStore
 from edgellm.backend.model import Model
 from edgellm.errors import ModelLoadError
@@ -16,6 +19,8 @@ from edgellm.moe.profile import hottest, read_profile, write_profile
 from edgellm.moe.routers import read_routers, router_width
 from edgellm.moe.skeleton import skeleton_of
 
+Widths = npt.NDArray[np.uint8]
+
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
 _SAVE_STEPS = 1000
@@ -23,13 +28,20 @@ _CHECKSUMS = "checksums.npy"
 
 
 def load_paged(
-    layout: ExpertLayout, budget_bytes: int, home: Path, *, packed: bool = True, checksums: bool = False
+    layout: ExpertLayout,
+    budget_bytes: int,
+    home: Path,
+    *,
+    packed: bool = True,
+    checksums: bool = False,
+    trial_widths: Widths | None = None,
 ) -> Model:
     """The model with at most `budget_bytes` of its experts in memory.
 
     `packed`: the dense matrices are rearranged for this processor, as are the experts that the layout says so of.
     `home` is where copies of dense parts are kept (skeleton.py); `checksums`: experts are checked when they are read
-    (checksums.py). Raises ModelTooLargeError, ModelLoadError, ModelUnsupportedError.
+    (checksums.py); `trial_widths`, (layers, experts): bits to which they are narrowed and widened again then, 0: not.
+    Raises ModelTooLargeError, ModelLoadError, ModelUnsupportedError.
     """
     plan = plan_experts(layout, budget_bytes)
     path = skeleton_of(layout.headers, home)
@@ -41,6 +53,7 @@ def load_paged(
         slots=plan.slots,
         stream_bytes=plan.stream_bytes,
         checksums=checksums_of(layout, path.with_name(_CHECKSUMS)) if checksums else None,
+        trial_widths=trial_widths,
     )
     model = Model(path, mapped=False, packed=packed, experts=store)
     try:

@@ -1,4 +1,4 @@
-"""Where each expert's matrices are in an expert pack (edgellm/models/packs.py): the same rule for reading and writing."""
+"""Where each expert's matrices are in an expert pack (edgellm/models/packs.py): one rule for reading and writing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What llama.cpp loads of a paged model: a copy of its files with holes where the experts are.
 
 llama.cpp reads every tensor of a file. So that it never reads the experts, it is given a sparse copy: the same header
-and offsets, the dense tensors, and nothing on the disk in between. Copies lie in the state directory, are made once for
-each model, and made anew when the model's file changes.
+and offsets, the dense tensors, and nothing on the disk in between; of an expert pack, the model that was packed. Copies
+lie in the state directory, are made once for each model, and made anew when the model's file changes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from edgellm.errors import ModelLoadError
-from edgellm.models.describe import STACKED_EXPERTS
 from edgellm.models.gguf import GGUFHeader
+from edgellm.models.gguf_write import NewTensor, write_header
+from edgellm.models.packs import PACK_KEYS, PACK_TENSOR, STACKED_EXPERTS, is_pack, read_pack
 
 PROFILE_NAME = "routing.npy"
 
@@ -116,32 +118,46 @@ def _copy_dense(header: GGUFHeader, target: Path) -> None:
     with header.path.open("rb") as source, target.open("wb") as copy:
         if os.fstat(source.fileno()).st_size != header.file_bytes:
             raise OSError("the model's file was changed while it was loaded")
-        copy.truncate(header.file_bytes)
-        total = 0
-        for start, size in _dense_ranges(header):
-            total += size
-            _copy_range(source.fileno(), copy.fileno(), start, size)
+        if is_pack(header):
+            size = _copy_pack(header, source.fileno(), copy)
+        else:
+            size = header.file_bytes
+            for start, length in _dense_ranges(header):
+                _copy_range(source.fileno(), copy.fileno(), start, start, length)
+        copy.truncate(size)
         os.fsync(copy.fileno())
-    taken = target.stat().st_blocks * 512
-    if header.file_bytes > 2 * total + _SPARE_BYTES and taken > (header.file_bytes + total) // 2:
+    total, taken = skeleton_bytes((header,)), target.stat().st_blocks * 512
+    if size > 2 * total + _SPARE_BYTES and taken > (size + total) // 2:
         raise OSError("this file system has no sparse files; let EDGELLM_HOME be on another one")
 
 
-def _copy_range(source: int, copy: int, start: int, size: int) -> None:
+def _copy_pack(header: GGUFHeader, source: int, copy: BinaryIO) -> int:
+    """A pack as the model that it was made of: the stacked tensors stand behind the dense ones. Its size in bytes."""
+    dense = [tensor for tensor in header.tensors if not PACK_TENSOR.fullmatch(tensor.name)]
+    tensors = [NewTensor(tensor.name, tensor.dims, tensor.type) for tensor in (*dense, *read_pack(header).stacked)]
+    offsets = write_header(copy, header, tensors, drop=PACK_KEYS)
+    copy.flush()
+    for tensor, offset in zip(dense, offsets, strict=False):
+        _copy_range(source, copy.fileno(), header.data_offset + tensor.offset, offset, tensor.n_bytes)
+    return offsets[-1] + tensors[-1].n_bytes
+
+
+def _copy_range(source: int, copy: int, start: int, target: int, size: int) -> None:
     end = start + size
     while start < end:
         piece = min(_CHUNK_BYTES, end - start)
         data = os.pread(source, piece, start)
         if not data:
             raise OSError("the model's file ends before it should")
-        start += os.pwrite(copy, data, start)
+        written = os.pwrite(copy, data, target)
+        start, target = start + written, target + written
 
 
 def _dense_ranges(header: GGUFHeader) -> Iterator[tuple[int, int]]:
-    """(start, bytes) of the header and of every tensor that is not stacked experts."""
+    """(start, bytes) of the header and of every tensor that is not experts."""
     yield 0, header.data_offset
     for tensor in header.tensors:
-        if not STACKED_EXPERTS.fullmatch(tensor.name):
+        if not STACKED_EXPERTS.fullmatch(tensor.name) and not PACK_TENSOR.fullmatch(tensor.name):
             yield header.data_offset + tensor.offset, tensor.n_bytes
 
 
