@@ -143,8 +143,8 @@ class Settings(BaseSettings):
     expert_memory_bytes: ExpertMemory = Field(
         "auto",
         description="Memory for the experts of a mixture-of-experts model (4GiB); the others are read from its file "
-        "when they are needed. auto: as much as the memory budget leaves, all of them if they fit. off: llama.cpp "
-        "maps the whole file.",
+        "when they are needed. auto: as much as the memory budget leaves, all of them if they fit; a model that cannot "
+        "be paged is mapped. off: llama.cpp maps the whole file.",
     )
     expert_checksums: Literal["on", "off"] = Field(
         "off",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,12 @@ from edgellm.backend.vocab import Vocab
 from edgellm.config import Settings, home_dir
 from edgellm.engine.cache import PrefixCache
 from edgellm.engine.embedder import Embedder, Pooling
-from edgellm.engine.fit import BATCH_TOKENS, context_tokens_for, memory_for, paged_layout, sequences_for
+from edgellm.engine.fit import BATCH_TOKENS, LoadPlan, context_tokens_for, mapped_instead, plan_load, sequences_for
 from edgellm.engine.runner import Runner, RunnerLimits
 from edgellm.engine.threads import default_threads
-from edgellm.errors import ModelUnsupportedError
+from edgellm.errors import ModelLoadError, ModelUnsupportedError
 from edgellm.models.describe import ModelInfo
-from edgellm.models.memory import MemoryEstimate, available_memory_bytes
+from edgellm.models.memory import available_memory_bytes
 from edgellm.moe.layout import ExpertLayout
 from edgellm.moe.pager import Pager, load_paged
 from edgellm.moe.skeleton import PROFILE_NAME
@@ -58,81 +59,96 @@ class LoadedModel:
         return self.runner.context.context_tokens
 
 
-def load_runner(info: ModelInfo, settings: Settings, memory: MemoryEstimate | None = None) -> Runner:
+def load_runner(info: ModelInfo, settings: Settings, plan: LoadPlan | None = None) -> Runner:
     """Loads the weights and makes the context. Any thread may do this, before the engine knows the runner.
 
-    `memory` is what it may take (default: `memory_for`). Raises ModelLoadError, ModelTooLargeError,
+    `plan` is what it may take (default: that of `plan_load`). Experts that turn out not to be pageable are served in
+    llama.cpp's own way where `mapped_instead` allows it. Raises ModelLoadError, ModelTooLargeError,
     ModelUnsupportedError.
     """
-    memory = memory or memory_for(info, settings)
-    layout = paged_layout(info, settings) if memory.expert_bytes is not None else None
-    packed = layout is None and settings.packed_weights == "auto" and _worth_packing(info, settings)
+    plan = plan or plan_load(info, settings)
+    if plan.layout is not None:
+        try:
+            return _load_paged(info, settings, plan.layout, plan.memory.expert_bytes or 0)
+        except (ModelLoadError, ModelUnsupportedError) as error:
+            plan = mapped_instead(info, settings, plan.memory.total_bytes, error)
+    return _load_whole(info, settings, plan)
+
+
+def _load_paged(info: ModelInfo, settings: Settings, layout: ExpertLayout, budget_bytes: int) -> Runner:
+    model = load_paged(
+        layout,
+        budget_bytes,
+        home_dir(),
+        packed=settings.packed_weights == "auto",
+        checksums=settings.expert_checksums == "on",
+    )
+    return _make_runner(model, info, settings, layout=layout)
+
+
+def _load_whole(info: ModelInfo, settings: Settings, plan: LoadPlan) -> Runner:
+    packed = settings.packed_weights == "auto" and _worth_packing(info, plan)
     # Packed weights lie in huge pages from the start; moving keys, values and buffers as well gains nothing there.
-    may_be_huge = not packed and layout is None and settings.huge_pages == "auto"
-    huge = may_be_huge and huge_page_bytes() is not None and _fits_easily(info, settings)
-    if layout is not None and memory.expert_bytes is not None:
-        model = load_paged(
-            layout,
-            memory.expert_bytes,
-            home_dir(),
-            packed=settings.packed_weights == "auto",
-            checksums=settings.expert_checksums == "on",
-        )
-    else:
-        model = Model(info.path, mapped=not huge and not packed, packed=packed)
-    try:
-        cells = context_tokens_for(info, settings)
-        sequences = sequences_for(info, settings)
-        params = ContextParams(
-            context_tokens=cells,
-            sequences=sequences,
-            batch_tokens=BATCH_TOKENS,
-            outputs=max(settings.parallel, 1),
-            threads=settings.threads or default_threads(),
-            flash_attention=settings.flash_attention,
-        )
-        context = Context(model, params)
-    except BaseException:
-        model.close()
-        raise
+    may_be_huge = not packed and settings.huge_pages == "auto" and huge_page_bytes() is not None
+    huge = may_be_huge and plan.memory.total_bytes * _HUGE_SHARE <= available_memory_bytes()
+    model = Model(info.path, mapped=not huge and not packed, packed=packed)
     if packed:
         _log.info("%s: weights packed for %s", info.path.name, packing_kernels())
-    if huge:
-        moved = use_huge_pages()
-        _log.debug("%s: %d MiB in huge pages", info.path.name, moved >> 20)
-    cache = PrefixCache(
-        context,
-        context.context_tokens,
+    return _make_runner(model, info, settings, huge=huge)
+
+
+def _worth_packing(info: ModelInfo, plan: LoadPlan) -> bool:
+    """Most of the weights can be packed, and memory of its own for all of them is there."""
+    packable = sum(info.matrix_bytes.get(kind, 0) for kind in packable_types())
+    return packable * _PACKED_SHARE >= info.tensor_bytes and plan.memory.total_bytes <= available_memory_bytes()
+
+
+def _make_runner(
+    model: Model, info: ModelInfo, settings: Settings, *, huge: bool = False, layout: ExpertLayout | None = None
+) -> Runner:
+    """All that serves `model`, which is closed if it cannot be made. `huge`: the memory taken moves to huge pages."""
+    sequences = sequences_for(info, settings)
+    with contextlib.ExitStack() as undo:
+        undo.callback(model.close)
+        context = Context(model, _context_params(info, settings, sequences))
+        undo.callback(context.close)
+        if huge:
+            moved = use_huge_pages()
+            _log.debug("%s: %d MiB in huge pages", info.path.name, moved >> 20)
+        cache = PrefixCache(
+            context,
+            context.context_tokens,
+            sequences=sequences,
+            idle_cells=context.context_tokens // _IDLE_SHARE,
+            saved_bytes=settings.prefix_memory_bytes,
+            can_roll_back=model.can_roll_back,
+            window=model.window_tokens,
+        )
+        limits = RunnerLimits(
+            parallel=settings.parallel,
+            batch_tokens=BATCH_TOKENS,
+            prompt_chunk_tokens=min(settings.prompt_chunk_tokens, BATCH_TOKENS),
+        )
+        runner = Runner(model, context, limits, cache, pager=_pager(model, layout))
+        undo.pop_all()
+    return runner
+
+
+def _context_params(info: ModelInfo, settings: Settings, sequences: int) -> ContextParams:
+    return ContextParams(
+        context_tokens=context_tokens_for(info, settings),
         sequences=sequences,
-        idle_cells=context.context_tokens // _IDLE_SHARE,
-        saved_bytes=settings.prefix_memory_bytes,
-        can_roll_back=model.can_roll_back,
-        window=model.window_tokens,
-    )
-    limits = RunnerLimits(
-        parallel=settings.parallel,
         batch_tokens=BATCH_TOKENS,
-        prompt_chunk_tokens=min(settings.prompt_chunk_tokens, BATCH_TOKENS),
+        outputs=max(settings.parallel, 1),
+        threads=settings.threads or default_threads(),
+        flash_attention=settings.flash_attention,
     )
-    return Runner(model, context, limits, cache, pager=_pager(model, layout))
 
 
 def _pager(model: Model, layout: ExpertLayout | None) -> Pager | None:
     if layout is None or model.experts is None:
         return None
     return Pager(model.experts, layout, model.path.with_name(PROFILE_NAME))
-
-
-def _worth_packing(info: ModelInfo, settings: Settings) -> bool:
-    """Most of the weights can be packed, and memory of its own for all of them is there."""
-    packable = sum(info.matrix_bytes.get(kind, 0) for kind in packable_types())
-    if packable * _PACKED_SHARE < info.tensor_bytes:
-        return False
-    return memory_for(info, settings).total_bytes <= available_memory_bytes()
-
-
-def _fits_easily(info: ModelInfo, settings: Settings) -> bool:
-    return memory_for(info, settings).total_bytes * _HUGE_SHARE <= available_memory_bytes()
 
 
 def load_embedder(loaded: LoadedModel) -> Embedder:

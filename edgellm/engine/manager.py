@@ -17,7 +17,7 @@ from edgellm.backend.model import Adapter
 from edgellm.config import Settings
 from edgellm.engine.embedder import Embedder
 from edgellm.engine.engine import Engine
-from edgellm.engine.fit import ROOM_SHARE, memory_for
+from edgellm.engine.fit import ROOM_SHARE, plan_load
 from edgellm.engine.loaded import LoadedModel, load_embedder, load_runner
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
@@ -206,10 +206,10 @@ class ModelManager:
         info = describe(model.path)
         if info.is_adapter:
             raise ModelUnsupportedError(f"'{model.name}' is a LoRA adapter, not a model")
-        memory = memory_for(info, self._settings, self.budget_bytes)
-        needed = memory.total_bytes
+        plan = plan_load(info, self._settings, self.budget_bytes)
+        needed = plan.memory.total_bytes
         self._make_room(model.name, needed)
-        runner = load_runner(info, self._settings, memory)
+        runner = load_runner(info, self._settings, plan)
         loaded = LoadedModel(model.name, info, runner, needed, self._settings)
         self._engine.add(runner)
         with self._lock:

@@ -23,8 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from edgellm.config import load_settings
-from edgellm.errors import EdgeLLMError
+from edgellm.config import Settings, load_settings
+from edgellm.errors import EdgeLLMError, ModelUnsupportedError
 from edgellm.models.describe import ModelInfo, describe
 from edgellm.models.hub import PullProgress, pull
 from edgellm.models.memory import available_memory_bytes
@@ -158,7 +158,7 @@ def _stored_facts(model: StoredModel) -> dict[str, Any]:
 
 
 def _model_facts(info: ModelInfo) -> dict[str, Any]:
-    from edgellm.engine.fit import context_tokens_for, memory_for
+    from edgellm.engine.fit import context_tokens_for
 
     settings = load_settings()  # `edgellm serve` without arguments
     return {
@@ -182,9 +182,18 @@ def _model_facts(info: ModelInfo) -> dict[str, Any]:
         "adapter": None if info.adapter is None else {"rank": info.adapter.rank, "alpha": info.adapter.alpha},
         "licence": info.licence,
         "memory_context_tokens": context_tokens_for(info, settings),
-        "memory_bytes": memory_for(info, settings).total_bytes,
+        "memory_bytes": _memory_bytes(info, settings),
         "memory_available_bytes": available_memory_bytes(),
     }
+
+
+def _memory_bytes(info: ModelInfo, settings: Settings) -> int:
+    from edgellm.engine.fit import plan_load, whole_memory
+
+    try:
+        return plan_load(info, settings).memory.total_bytes
+    except ModelUnsupportedError:  # it can neither be paged nor mapped here
+        return whole_memory(info, settings).total_bytes
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

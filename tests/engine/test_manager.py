@@ -13,7 +13,7 @@ import pytest
 import edgellm.engine.manager as manager_module
 from edgellm.config import Settings
 from edgellm.engine.engine import Engine
-from edgellm.engine.fit import memory_for
+from edgellm.engine.fit import plan_load
 from edgellm.engine.manager import ModelManager
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
@@ -93,7 +93,7 @@ def _settings(**fields: object) -> Settings:
 
 
 def _needs(home: Path, name: str) -> int:
-    return memory_for(describe(home / "models" / f"{name}.gguf"), _settings()).total_bytes
+    return plan_load(describe(home / "models" / f"{name}.gguf"), _settings()).memory.total_bytes
 
 
 def _model(manager: ModelManager, name: str) -> StoredModel:

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from edgellm.config import Settings
-from edgellm.engine.fit import memory_for
+from edgellm.engine.fit import plan_load
 from edgellm.engine.loaded import load_runner
 from edgellm.engine.runner import Runner
 from edgellm.engine.types import FinishReason
-from edgellm.errors import ExpertReadError, ModelTooLargeError, ModelUnsupportedError
+from edgellm.errors import ExpertReadError, ModelTooLargeError
 from edgellm.models.describe import describe
 from tests.engine.rig import answer, drain, start
 from tests.moe.test_store import unreadable
-from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_moe import write_tiny_moe
 
 CLIENTS, TOKENS = 4, 500
@@ -105,13 +104,14 @@ def test_a_changed_file_is_told(path: Path) -> None:
 def test_memory_is_planned_with_the_budget(path: Path) -> None:
     info = describe(path)
     budget = least(path) + 100_000
-    paged, auto, off = (memory_for(info, Settings(expert_memory_bytes=value)) for value in (budget, "auto", "off"))
+    settings = [Settings(expert_memory_bytes=value) for value in (budget, "auto", "off")]
+    paged, auto, off = (plan_load(info, each).memory for each in settings)
     assert paged.expert_bytes == budget
     assert off.expert_bytes is None
     assert off.weights_bytes - paged.weights_bytes == info.expert_bytes
     assert auto.expert_bytes is not None
     assert auto.expert_bytes >= info.expert_bytes
-    little = memory_for(info, Settings(), room_bytes=paged.total_bytes - budget + 300_000)
+    little = plan_load(info, Settings(), room_bytes=paged.total_bytes - budget + 300_000).memory
     assert little.expert_bytes == 300_000
 
 
@@ -131,18 +131,4 @@ def test_the_profile_fills_the_next_start(path: Path, tmp_path: Path) -> None:
     answer(runner, list(range(40)), 5)
     assert store.stats.prefetched == store.stats.prefetch_used  # look-ahead's affair, and it has nothing to read here
     assert store.stats.hits > 0
-    runner.close()
-
-
-def test_files_that_cannot_be_paged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = write_tiny_llama(tmp_path / "dense.gguf")
-    runner = a_paged_runner(dense, 1 << 20)  # has no experts: the setting is for those that have
-    assert runner.pager is None
-    runner.close()
-    moe = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe")
-    monkeypatch.setattr("edgellm.engine.fit.paging_fault", lambda: "it is another one")
-    with pytest.raises(ModelUnsupportedError, match="another one"):
-        a_paged_runner(moe, 1 << 30)
-    runner = a_paged_runner(moe, "auto")
-    assert runner.pager is None
     runner.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from edgellm.engine import fit
 from edgellm.models import transfer
 from serving.cli.models import models_app
 from tests.models.hub_server import HubServer
@@ -59,6 +60,13 @@ def test_pull_list_show_rm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert shown["memory_bytes"] > shown["bytes"]
     assert "removed org/repo/tiny.q4_0" in run("rm", "org/repo/tiny.q4_0")[0]
     assert "tiny" not in run("list")[0]
+
+
+def test_show_what_can_neither_be_paged_nor_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", architecture="qwen3moe", experts=4)
+    monkeypatch.setattr(fit, "paging_fault", lambda: "it is another library")
+    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 1 << 20)
+    assert json.loads(run("show", str(path), "--json")[0])["memory_bytes"] > path.stat().st_size
 
 
 def test_show_an_adapter(tmp_path: Path) -> None:
