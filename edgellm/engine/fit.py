@@ -67,12 +67,12 @@ def plan_load(info: ModelInfo, settings: Settings, room_bytes: int | None = None
 def mapped_instead(info: ModelInfo, settings: Settings, room_bytes: int, why: ModelError) -> LoadPlan:
     """The plan for a model whose experts cannot be paged: llama.cpp maps its file, as with `off`, and the log says so.
 
-    Raises `why`, the reason, if the settings ask for paging, or for what only paging gives, or if the whole model does
-    not fit into `room_bytes`.
+    Raises `why`, the reason, if the settings ask for paging, or for what only paging gives, if the file is an expert
+    pack, which cannot be mapped, or if the whole model does not fit into `room_bytes`.
     """
     plan = LoadPlan(whole_memory(info, settings))
-    asked = settings.expert_memory_bytes != "auto" or settings.expert_checksums == "on"
-    if asked or plan.memory.total_bytes > room_bytes:
+    asked = isinstance(settings.expert_memory_bytes, int) or settings.expert_checksums == "on"
+    if asked or info.packed or plan.memory.total_bytes > room_bytes:
         raise why
     _log.warning("%s: its experts are not paged, llama.cpp maps the file (%s)", info.path.name, why)
     return plan
@@ -95,7 +95,11 @@ def paged_layout(info: ModelInfo, settings: Settings) -> ExpertLayout | None:
 
     Raises ModelUnsupportedError if the model has experts that cannot be paged.
     """
-    if not (info.expert_bytes or info.experts) or settings.expert_memory_bytes == "off":
+    if not (info.expert_bytes or info.experts):
+        return None
+    if settings.expert_memory_bytes == "off":
+        if info.packed:
+            raise ModelUnsupportedError(f"{info.path.name} is an expert pack, which can only be paged")
         return None
     if fault := paging_fault():
         raise ModelUnsupportedError(f"{info.path.name}: its experts cannot be paged: {fault}")

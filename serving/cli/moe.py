@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from edgellm.errors import ConfigError
+
 moe_app = typer.Typer(
     name="moe",
     help="Look into mixture-of-experts models, whose experts may be paged from flash.",
@@ -51,6 +53,40 @@ def predict(
     from serving.cli.moe_report import run_predict
 
     run_predict(source, text, tokens, expert_memory, trace, as_json=as_json)
+
+
+@moe_app.command("pack")
+def pack(
+    model: Annotated[str, typer.Argument(help="A GGUF path or a pulled model's name.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.pack.gguf beside it.")] = None,
+    loss_target: Annotated[
+        str | None,
+        typer.Option("--loss-target", help="Store experts with fewer bits, for at most so much perplexity more (2%)."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Measure on this text, plain or .gz. Default: Python's reference.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=512, max=65_536, help="Tokens of it to read each time.")] = 2048,
+    measurements: Annotated[int, typer.Option(min=16, max=10_000, help="Most times to read it.")] = 100,
+    expert_memory: Annotated[
+        str | None, typer.Option("--expert-memory", help="Memory for experts while measuring (4GiB).")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Write an expert pack: a copy of the model in which all of an expert lies together, so that one read brings it.
+
+    It is served like the model: `edgellm serve --model NAME.pack.gguf`. Without --loss-target it computes exactly what
+    the model does. With it, experts are stored with 2 to 6 bits a weight where that costs least, as measured.
+    """
+    from edgellm.config import parse_bytes
+    from serving.cli.moe_pack import PackRequest, parse_loss, run_pack
+
+    loss = None if loss_target is None else parse_loss(loss_target)
+    try:
+        memory = None if expert_memory is None else int(parse_bytes(expert_memory))
+    except ValueError as error:
+        raise ConfigError(f"--expert-memory: {error}") from None
+    run_pack(PackRequest(model, output, loss, text, tokens, measurements, memory), as_json=as_json)
 
 
 @moe_app.command("stats")

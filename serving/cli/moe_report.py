@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from edgellm.moe.profile import Profile, expected_hit_rate, read_profile
 from edgellm.moe.recorder import Recording, record_routes
 from edgellm.moe.routes import read_trace, write_trace
 from edgellm.moe.skeleton import profile_path
+from serving.cli.text_files import read_text
 
 _SHARES = (0.1, 0.25, 0.5, 0.75)
 _MIB = 1 << 20
@@ -40,7 +39,8 @@ def run_inspect(model: str, budgets: list[str], *, as_json: bool) -> None:
         raise ModelUnsupportedError(f"{found.path.name} has no experts")
     profile = read_profile(profile_path(layout.headers, home_dir()), layout)
     facts = _facts(found.path.name, layout, profile, [_size(text) for text in budgets])
-    facts["dense_bytes"] = describe(found.path).tensor_bytes - layout.all_read_bytes
+    info = describe(found.path)
+    facts["dense_bytes"] = info.tensor_bytes - info.expert_bytes
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -162,14 +162,9 @@ def _recorded(source: str, text: Path | None, tokens: int, budget: int) -> Recor
     layout = read_layout(found.path)
     if layout is None:
         raise ModelUnsupportedError(f"{found.path.name} has no experts")
-    try:
-        raw = text.expanduser().read_bytes()
-        content = (gzip.decompress(raw) if text.suffix == ".gz" else raw).decode("utf-8", "replace")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{text} cannot be read: {error}") from None
     return record_routes(
         layout,
-        content[: tokens * 64],
+        read_text(text)[: tokens * 64],
         tokens,
         home_dir(),
         budget_bytes=max(layout.least_bytes, budget),
