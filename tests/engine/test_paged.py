@@ -12,8 +12,9 @@ from edgellm.engine.fit import plan_load
 from edgellm.engine.loaded import load_runner
 from edgellm.engine.runner import Runner
 from edgellm.engine.types import FinishReason
-from edgellm.errors import ExpertReadError, ModelTooLargeError
+from edgellm.errors import ExpertReadError, ModelTooLargeError, ModelUnsupportedError
 from edgellm.models.describe import describe
+from edgellm.moe.pack import write_pack
 from tests.engine.rig import answer, drain, start
 from tests.moe.test_store import unreadable
 from tests.support.tiny_moe import write_tiny_moe
@@ -132,3 +133,16 @@ def test_the_profile_fills_the_next_start(path: Path, tmp_path: Path) -> None:
     assert store.stats.prefetched == store.stats.prefetch_used  # look-ahead's affair, and it has nothing to read here
     assert store.stats.hits > 0
     runner.close()
+
+
+def test_a_pack_is_served_and_not_mapped(path: Path, tmp_path: Path) -> None:
+    pack = tmp_path / "moe.pack.gguf"
+    write_pack(path, pack)
+    texts = []
+    for file in (path, pack):
+        runner = a_paged_runner(file, "auto", expert_checksums="on")
+        texts.append(answer(runner, [1, 2, 3, 4], 8).tokens())
+        runner.close()
+    assert texts[0] == texts[1]
+    with pytest.raises(ModelUnsupportedError, match="can only be paged"):
+        a_paged_runner(pack, "off")

@@ -41,7 +41,7 @@ def no_home(tmp_path: Path, _patch: pytest.MonkeyPatch) -> None:
 
 
 def unknown_use(_tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ExpertStore, "unclaimed", 1)
+    patch.setattr(ExpertStore, "fault", "its experts are used in another way")
 
 
 def unknown_graph(_tmp_path: Path, patch: pytest.MonkeyPatch) -> None:

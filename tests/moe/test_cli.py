@@ -12,7 +12,14 @@ from typer.testing import CliRunner
 
 from edgellm.backend.experts import ExpertStats
 from edgellm.config import home_dir
-from edgellm.errors import ConfigError, EdgeLLMError, InvalidTraceError, ModelNotFoundError, ModelUnsupportedError
+from edgellm.errors import (
+    ConfigError,
+    EdgeLLMError,
+    InvalidTraceError,
+    ModelNotFoundError,
+    ModelUnsupportedError,
+    PackError,
+)
 from edgellm.moe.layout import read_layout
 from edgellm.moe.pager import PagerSnapshot
 from edgellm.moe.profile import read_profile, write_profile
@@ -145,3 +152,34 @@ def test_predict_what_it_cannot(tmp_path: Path) -> None:
     bad.write_text("no trace")
     with pytest.raises(InvalidTraceError):
         run("predict", str(bad))
+
+
+def test_pack(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe", weights="q8_0", context=1024)
+    assert "packed" in run("pack", str(path))
+    assert (tmp_path / "moe.pack.gguf").is_file()
+    with pytest.raises(PackError, match="is there already"):
+        run("pack", str(path))
+    text = tmp_path / "text.txt"
+    text.write_text("what is chosen is measured, and what is measured is chosen. " * 40)
+    narrow = tmp_path / "narrow.gguf"
+    options = ["--loss-target", "5%", "--text", str(text), "--tokens", "512", "--measurements", "16", "-o", str(narrow)]
+    facts = json.loads(run("pack", str(path), *options, "--json"))
+    assert facts["pack_perplexity"] <= 1.05 * facts["perplexity"]
+    assert facts["pack_bytes"] == narrow.stat().st_size
+    assert facts["pack_expert_bytes"] < facts["expert_bytes"]
+    assert 0 < facts["pack_token_bytes"] < facts["token_bytes"]
+    assert sum(facts["experts_by_bits"].values()) == 24
+    assert facts["held_out"]["tokens"] == 256
+    shown = run("inspect", str(narrow))
+    assert "8 in a layer, 2 for each token" in shown
+
+
+@pytest.mark.parametrize("loss", ["two", "-1%", "200%", "nan", ""])
+def test_losses_that_are_none(tmp_path: Path, loss: str) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf", "qwen3moe")
+    with pytest.raises(ConfigError, match="--loss-target"):
+        run("pack", str(path), "--loss-target", loss)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run("pack", str(path), "--loss-target", "2%", "--text", str(tmp_path / "nothing.txt"))
+    assert [file.name for file in tmp_path.glob("*.gguf")] == ["moe.gguf"]
