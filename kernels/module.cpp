@@ -169,6 +169,7 @@ NB_MODULE(_kernels, m) {
         .def("remember", &edgellm::Sampler::remember, "token"_a, "The token belongs to the prompt.");
     m.def("multiply", &multiply, "type"_a, "rows"_a, "packed"_a, "input"_a, "kernels"_a,
           "input (n, columns) by a packed matrix, (n, rows), on one thread.");
+    edgellm::bind_pair_table(m);
     edgellm::bind_residency(m);
     edgellm::bind_experts(m);
     edgellm::bind_narrow(m);

@@ -5,8 +5,9 @@
 
 namespace edgellm {
 
-void bind_experts(nanobind::module_ & m);    // experts_module.cpp
-void bind_narrow(nanobind::module_ & m);     // narrow_module.cpp
-void bind_residency(nanobind::module_ & m);  // residency_module.cpp
+void bind_experts(nanobind::module_ & m);     // experts_module.cpp
+void bind_narrow(nanobind::module_ & m);      // narrow_module.cpp
+void bind_pair_table(nanobind::module_ & m);  // pair_table_module.cpp
+void bind_residency(nanobind::module_ & m);   // residency_module.cpp
 
 }  // namespace edgellm

@@ -19,7 +19,8 @@ from edgellm.errors import ConfigError, ModelTooLargeError, ModelUnsupportedErro
 from edgellm.models.describe import describe
 from edgellm.models.store import ModelStore
 from edgellm.moe.layout import ExpertLayout, plan_experts, read_layout
-from edgellm.moe.predictors import HotList, PairTable, PreviousToken, Recall, Told, score
+from edgellm.moe.pair_table import PairTable
+from edgellm.moe.predictors import HotList, PreviousToken, Recall, Told, score
 from edgellm.moe.profile import Profile, expected_hit_rate, read_profile
 from edgellm.moe.recorder import Recording, record_routes
 from edgellm.moe.routes import read_trace, write_trace
