@@ -18,6 +18,7 @@
 #include "expert_rows.h"
 #include "ggml_abi.h"
 #include "host.h"
+#include "read_ahead.h"
 
 namespace edgellm {
 namespace {
@@ -28,9 +29,6 @@ constexpr size_t kAlignment = 64;
 constexpr int64_t kBlockRows = 16;     // of weights and activations that are multiplied in one go
 constexpr int64_t kChunksPerThread = 8;  // in a wave
 constexpr size_t kPanelBytes = size_t{256} << 10;
-constexpr int64_t kFewTokens = 16;  // up to so many, each one's routing is foreseen
-constexpr int kWideAhead = 8;       // experts that are read ahead at once for a step of many tokens
-constexpr int kMostDistant = 2;     // layers ahead that are logged
 
 const Kernels * kernels = nullptr;
 BufferType buffer_type;
@@ -55,12 +53,6 @@ struct Space {  // a buffer's context
 
 uint8_t * aligned(void * p) {
     return reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(p) + kAlignment - 1) & ~(kAlignment - 1));
-}
-
-const float * input_row(const Tensor * input, const Row & row) {
-    return reinterpret_cast<const float *>(static_cast<const char *>(input->data) +
-                                           static_cast<size_t>(row.k % input->ne[1]) * input->nb[1] +
-                                           static_cast<size_t>(row.token) * input->nb[2]);
 }
 
 float * output_row(const Tensor * op, const Row & row) {
@@ -135,7 +127,8 @@ class Traits final : public TensorTraits {
         uint8_t * activations = aligned(params.wdata);
         round(params, op, slice, plan, activations);
         barrier(params);
-        if (first && store.fresh_visit()) guarded(store, [&] { look_ahead(op, slice, store, plan); });
+        // The others have begun to multiply.
+        if (first && store.fresh_visit()) guarded(store, [&] { read_ahead(op, slice.layer, store, plan); });
         // After a failed read the waves go on without computing: the threads must meet at the same barriers.
         for (;;) {
             multiply_wave(params, op, slice, store, plan, activations);
@@ -171,64 +164,6 @@ class Traits final : public TensorTraits {
                 std::memcpy(out + static_cast<size_t>(i) * bytes, input_row(input, row), bytes);
             else
                 type_traits(type).from_float(input_row(input, row), out + static_cast<size_t>(i) * bytes, columns);
-        }
-    }
-
-    // Reads ahead for the next layer, and keeps the log; the other threads have begun to multiply.
-    static void look_ahead(const Tensor * op, const ExpertSlice & slice, ExpertStore & store, Plan & plan) {
-        const Tensor *input = op->src[1], *ids = op->src[2];
-        const int64_t tokens = ids->ne[1];
-        Lookahead * ahead = store.lookahead();
-        if (ahead != nullptr && (input->ne[1] != 1 || ahead->width() != static_cast<size_t>(input->ne[0]) || ahead->used() != ids->ne[0]))
-            ahead = nullptr;  // not the router's input
-        if (store.log_on()) write_log(op, slice, store, ahead);
-        if (!store.ahead_on() || ahead == nullptr || slice.layer + 1 >= store.params().layers || !store.idle()) return;
-        if (const int32_t * known = store.foreseen(slice.layer + 1, static_cast<size_t>(ids->ne[0])))
-            return store.prefetch(slice.layer + 1, known, static_cast<size_t>(ids->ne[0]), static_cast<int>(ids->ne[0]));
-        if (!ahead->trusted(slice.layer)) {
-            plan.chosen.resize(static_cast<size_t>(ids->ne[0]));
-            for (int64_t k = 0; k < ids->ne[0]; ++k) plan.chosen[static_cast<size_t>(k)] = id_at(ids, k, 0);
-            return ahead->check(slice.layer, input_row(input, {0, 0}), plan.chosen.data());
-        }
-        if (tokens > kFewTokens) {
-            if (plan.needed.size() * 2 > static_cast<size_t>(store.params().experts)) expect_all(slice, store, plan);
-            return;
-        }
-        plan.chosen.resize(static_cast<size_t>(tokens) * static_cast<size_t>(ahead->used()));
-        for (int64_t token = 0; token < tokens; ++token)
-            if (!ahead->choose(slice.layer + 1, input_row(input, {0, static_cast<int32_t>(token)}),
-                               plan.chosen.data() + token * ahead->used()))
-                return;
-        plan.foreseen.clear();
-        plan.ranks.clear();
-        for (int k = 0; k < ahead->used(); ++k)
-            for (int64_t token = 0; token < tokens; ++token) {
-                const int32_t e = plan.chosen[static_cast<size_t>(token * ahead->used() + k)];
-                if (std::find(plan.foreseen.begin(), plan.foreseen.end(), e) != plan.foreseen.end()) continue;
-                plan.foreseen.push_back(e);
-                plan.ranks.push_back(k);
-            }
-        store.prefetch(slice.layer + 1, plan.foreseen.data(), plan.foreseen.size(), static_cast<int>(plan.foreseen.size()),
-                       plan.ranks.data());
-    }
-
-    // Many tokens need most experts of this layer: those of the next one will be needed, too.
-    static void expect_all(const ExpertSlice & slice, ExpertStore & store, Plan & plan) {
-        plan.foreseen.resize(static_cast<size_t>(store.params().experts));
-        for (size_t e = 0; e < plan.foreseen.size(); ++e) plan.foreseen[e] = static_cast<int32_t>(e);
-        store.prefetch(slice.layer + 1, plan.foreseen.data(), plan.foreseen.size(), kWideAhead);
-    }
-
-    static void write_log(const Tensor * op, const ExpertSlice & slice, ExpertStore & store, Lookahead * ahead) {
-        const Tensor *input = op->src[1], *ids = op->src[2];
-        std::vector<int32_t> chosen(static_cast<size_t>(ids->ne[0]));
-        for (int64_t token = 0; token < ids->ne[1]; ++token) {
-            for (int64_t k = 0; k < ids->ne[0]; ++k) chosen[static_cast<size_t>(k)] = id_at(ids, k, token);
-            const auto at = static_cast<int32_t>(token);
-            store.log(-1, slice.layer, at, chosen.data(), static_cast<int>(chosen.size()));
-            for (int distance = 0; ahead != nullptr && distance <= kMostDistant; ++distance)
-                if (ahead->choose(slice.layer + distance, input_row(input, {0, at}), chosen.data()))
-                    store.log(distance, slice.layer + distance, at, chosen.data(), static_cast<int>(chosen.size()));
         }
     }
 

@@ -26,10 +26,16 @@ struct Plan {
     std::vector<Row> rows;
     std::vector<Tile> tiles;
     std::vector<int32_t> tile_starts;
+    std::vector<int32_t> taken;                    // (tokens, used): the experts that this layer uses for each token
     std::vector<int32_t> chosen, foreseen, ranks;  // of the next layer
     bool usable = false;
 };
 
+inline const float * input_row(const ggml::Tensor * input, const Row & row) {
+    return reinterpret_cast<const float *>(static_cast<const char *>(input->data) +
+                                           static_cast<size_t>(row.k % input->ne[1]) * input->nb[1] +
+                                           static_cast<size_t>(row.token) * input->nb[2]);
+}
 
 inline int32_t id_at(const ggml::Tensor * ids, int64_t k, int64_t token) {
     int32_t id;

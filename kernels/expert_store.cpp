@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <system_error>
 
@@ -57,6 +58,8 @@ ExpertStore::ExpertStore(ExpertStoreParams params) : params_(std::move(params)) 
         stream_mapped_ = rounded(params_.stream_bytes, kHugePage);
         stream_ = reserve(stream_mapped_);
         residency_ = std::make_unique<Residency>(params_.layers, params_.experts, params_.pools, params_.slots);
+        if (std::accumulate(params_.slots.begin(), params_.slots.end(), int64_t{0}) < int64_t{params_.layers} * params_.experts)
+            table_ = std::make_unique<PairTable>(params_.layers, params_.experts);
         for (int i = 0; i < params_.readers; ++i) readers_.emplace_back(&ExpertStore::work, this);
     } catch (...) {
         close_all();

@@ -24,6 +24,7 @@
 
 #include "expert_files.h"
 #include "lookahead.h"
+#include "pair_table.h"
 #include "residency.h"
 
 namespace edgellm {
@@ -92,9 +93,15 @@ class ExpertStore {
     // Whether `begin` was the first of a layer's visit.
     bool fresh_visit() const { return fresh_; }
 
-    // What is known of the routers; nullptr: nothing is read ahead.
+    // What is known of the routers; nullptr: nothing.
     Lookahead * lookahead() { return lookahead_.get(); }
     void set_lookahead(std::unique_ptr<Lookahead> lookahead) { lookahead_ = std::move(lookahead); }
+    // Which experts follow which, for where the routers cannot be used; nullptr where every expert has a slot.
+    PairTable * table() { return table_.get(); }
+    // What foresaw experts last, to be told of. From any thread.
+    enum class Predictor : uint8_t { none, routers, table };
+    void set_predictor(Predictor predictor) { predictor_.store(predictor, std::memory_order_relaxed); }
+    Predictor predictor() const { return predictor_.load(std::memory_order_relaxed); }
     // Whether to read ahead, and whether to keep a log of what was chosen and foreseen. Between steps.
     void set_ahead(bool on) { ahead_on_ = on; }
     bool ahead_on() const { return ahead_on_; }
@@ -207,6 +214,8 @@ class ExpertStore {
     bool stop_ = false;
     std::unique_ptr<Residency> residency_;
     std::unique_ptr<Lookahead> lookahead_;
+    std::unique_ptr<PairTable> table_;
+    std::atomic<Predictor> predictor_{Predictor::none};
     bool ahead_on_ = false, log_on_ = false;
     std::vector<int32_t> log_, route_, foreseen_, worth_;
     std::deque<Job> queues_[3];  // by urgency

@@ -128,6 +128,11 @@ void bind_experts(nb::module_ & m) {
         }, "layer"_a, "experts"_a)
         .def("set_routers", &set_routers, "routers"_a, "used"_a, "width"_a,
              "Routers as (weights, bias, selection bias, sigmoid), one for each layer; weights of no size: not known.")
+        .def_prop_ro("table", &ExpertStore::table, nb::rv_policy::reference_internal)
+        .def_prop_ro("predictor", [](const ExpertStore & self) {
+            const char * names[] = {"none", "routers", "table"};
+            return names[static_cast<size_t>(self.predictor())];
+        })
         .def("set_ahead", &ExpertStore::set_ahead, "on"_a, "Whether experts are read ahead, from the next step on.")
         .def("set_route", &ExpertStore::set_route, "route"_a, "foreseen"_a,
              "For benchmarks: experts, (layers * used,), in place of the routers' choice and of look-ahead's.")

@@ -53,6 +53,11 @@ bool Lookahead::trusted(int layer) const {
     return checks_[l] >= kChecks && agreed_[l] * 100 >= checks_[l] * used_ * kTrustedPercent;
 }
 
+bool Lookahead::hopeless(int layer) const {
+    const auto l = static_cast<size_t>(layer);
+    return routers_[l].weights.empty() || (checks_[l] >= kChecks && !trusted(layer));
+}
+
 void Lookahead::check(int layer, const float * input, const int32_t * chosen) {
     const auto l = static_cast<size_t>(layer);
     if (checks_[l] >= kChecks || !choose(layer, input, own_.data())) return;

@@ -30,6 +30,8 @@ class Lookahead {
 
     // Whether look-ahead from this layer can be relied on, as its first visits have shown.
     bool trusted(int layer) const;
+    // Whether it never will be: its visits have shown that it cannot, or it has no router here to be checked with.
+    bool hopeless(int layer) const;
     // The layer chose these (any order) for a token with this input.
     void check(int layer, const float * input, const int32_t * chosen);
 

@@ -39,8 +39,17 @@ def expert_families(snapshots: Sequence[tuple[str, PagerSnapshot]]) -> Iterator[
         for model, pager in snapshots:
             gauge.add_metric([model], value(pager))
         yield gauge
+    yield _predictors(snapshots)
     for name, text, value in _COUNTERS:
         counter = CounterMetricFamily(f"edgellm_{name}", text, labels=["model"])
         for model, pager in snapshots:
             counter.add_metric([model], value(pager))
         yield counter
+
+
+def _predictors(snapshots: Sequence[tuple[str, PagerSnapshot]]) -> Metric:
+    text = "1 for what foresees experts: routers, table or none."
+    gauge = GaugeMetricFamily("edgellm_expert_predictor", text, labels=["model", "predictor"])
+    for model, pager in snapshots:
+        gauge.add_metric([model, pager.predictor], 1.0)
+    return gauge

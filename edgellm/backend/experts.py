@@ -232,6 +232,22 @@ class ExpertStore:
         router inputs of (width,). Arrays of no size: there is none."""
         self.native.set_routers(list(routers), used, width)
 
+    @property
+    def predictor(self) -> str:
+        """What foresaw experts last: "routers" or "table"; "none" if nothing has yet. From any thread."""
+        return self.native.predictor
+
+    def table_state(self) -> bytes | None:
+        """What the table of experts that follow one another has learned; None where every expert has a slot, and
+        nothing need be foreseen. Between steps."""
+        table = self.native.table
+        return None if table is None else table.state()
+
+    def restore_table(self, state: bytes) -> None:
+        """Takes over what `table_state` gave for a model of this shape. Between steps."""
+        if (table := self.native.table) is not None:
+            table.restore(state)
+
     def set_route(self, route: Sequence[int], foreseen: Sequence[int] = ()) -> None:
         """For benchmarks: the next steps use these experts, (layers * used,), in place of what the routers choose, and
         look-ahead foresees those in `foreseen`. No experts: all as it was. Between steps."""

@@ -14,6 +14,7 @@ from edgellm.backend.model import Model
 from edgellm.errors import ModelLoadError
 from edgellm.moe.checksums import checksums_of
 from edgellm.moe.layout import ExpertLayout, plan_experts
+from edgellm.moe.pair_table import TABLE_NAME, read_table, write_table
 from edgellm.moe.pricing import PrefetchPrice
 from edgellm.moe.profile import hottest, read_profile, write_profile
 from edgellm.moe.routers import read_routers, router_width
@@ -24,6 +25,7 @@ Widths = npt.NDArray[np.uint8]
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
 _SAVE_STEPS = 1000
+_SAVES_OF_TABLE = 10  # the table is the larger file: it is saved once in so many times, and at the end
 _CHECKSUMS = "checksums.npy"
 
 
@@ -93,10 +95,12 @@ class PagerSnapshot:
     resident_bytes: int
     ahead: bool  # whether experts are read ahead
     stats: ExpertStats
+    predictor: str = "none"  # what foresees experts: "routers", "table"
 
 
 class Pager:
-    """Attends to a paged model while it runs: what is read ahead, and the profile of its routing. On one thread."""
+    """Attends to a paged model while it runs: what is read ahead, the profile of its routing, and the table of experts
+    that follow one another, in a file beside it. On one thread."""
 
     def __init__(self, store: ExpertStore, layout: ExpertLayout, profile: Path) -> None:
         """Begins to fill free slots with the experts that `profile`, a file that need not be there, says are hot."""
@@ -107,6 +111,10 @@ class Pager:
         self._before = read_profile(profile, layout)
         self._reads = self._steps = 0
         self._warned = False
+        self._table_path = profile.with_name(TABLE_NAME)
+        self._saved_table = read_table(self._table_path, layout.layers, layout.experts)
+        if self._saved_table is not None:
+            store.restore_table(self._saved_table)
         store.read_ahead(self.price.on)
         self._fill()
 
@@ -126,7 +134,9 @@ class Pager:
             self.store.read_ahead(self.price.on)
         self._steps += 1
         if self._steps % _SAVE_STEPS == 0:
-            self.save()
+            self._save_profile()
+        if self._steps % (_SAVE_STEPS * _SAVES_OF_TABLE) == 0:
+            self._save_table()
         if self.store.deleted and not self._warned:
             self._warned = True
             _log.warning("%s was deleted; it is served from what is still there of it", self._layout.files[0])
@@ -140,10 +150,22 @@ class Pager:
                 resident_bytes=self.store.resident_bytes,
                 ahead=self.price.on,
                 stats=self.store.stats,
+                predictor=self.store.predictor,
             )
         except ModelLoadError:
             return None
 
     def save(self) -> None:
-        """Writes the profile: what was there, and what was needed since. A failure is logged."""
+        """Writes the profile and the table. A failure is logged."""
+        self._save_profile()
+        self._save_table()
+
+    def _save_profile(self) -> None:
+        """What was there, and what was needed since."""
         write_profile(self._profile, self._before + self.store.counts())
+
+    def _save_table(self) -> None:
+        state = self.store.table_state()
+        if state is not None and state != self._saved_table:
+            write_table(self._table_path, self._layout.layers, self._layout.experts, state)
+            self._saved_table = state

@@ -203,7 +203,8 @@ def _paged_models(exposition: str) -> dict[str, dict[str, float]]:
         for sample in family.samples:
             name = sample.name.removeprefix("edgellm_").removesuffix("_total")
             if name.startswith("expert") and sample.name.startswith("edgellm_") and "model" in sample.labels:
-                models.setdefault(sample.labels["model"], {})[name] = sample.value
+                kind = f"_{sample.labels['predictor']}" if "predictor" in sample.labels else ""
+                models.setdefault(sample.labels["model"], {})[name + kind] = sample.value
     return models
 
 
@@ -213,13 +214,14 @@ def _figure_lines(figures: dict[str, float]) -> list[tuple[str, str]]:
 
     needed = value("needed") or 1.0
     ahead = value("prefetched") or 1.0
+    by = next((f", by the {name}" for name in ("routers", "table") if value(f"predictor_{name}")), "")
     return [
         ("in memory", f"room for {value('slots'):.0f} of {figures.get('experts', 0):.0f} experts"),
         ("memory", _mib(int(value("memory_bytes")))),
         ("needed", f"{value('needed'):,.0f}"),
         ("hits", f"{value('hits'):,.0f} ({value('hits') / needed:.1%})"),
         ("misses", f"{value('loads'):,.0f} kept, {value('streamed'):,.0f} streamed"),
-        ("read ahead", f"{value('prefetched'):,.0f}, now {'on' if value('prefetch') else 'off'}"),
+        ("read ahead", f"{value('prefetched'):,.0f}, now {'on' if value('prefetch') else 'off'}{by}"),
         ("  useful", f"{value('prefetch_used'):,.0f} ({value('prefetch_used') / ahead:.1%})"),
         ("  wasted", f"{value('prefetch_wasted'):,.0f}"),
         ("read", f"{_mib(int(value('read_bytes')))} in {value('reads'):,.0f} reads"),

@@ -16,6 +16,7 @@ from edgellm.errors import ExpertReadError, ModelTooLargeError, ModelUnsupported
 from edgellm.models.describe import describe
 from edgellm.moe.pack import write_pack
 from tests.engine.rig import answer, drain, start
+from tests.moe.test_paging import withhold_routers
 from tests.moe.test_store import unreadable
 from tests.support.tiny_moe import write_tiny_moe
 
@@ -146,3 +147,37 @@ def test_a_pack_is_served_and_not_mapped(path: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     with pytest.raises(ModelUnsupportedError, match="can only be paged"):
         a_paged_runner(pack, "off")
+
+
+def test_the_table_is_kept_with_the_model(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    withhold_routers(monkeypatch)
+
+    def served() -> tuple[bytes, bytes]:
+        """What the table has learned at the start, and at the end."""
+        runner = a_paged_runner(path, least(path) + 200_000)
+        store, pager = runner.model.experts, runner.pager
+        assert store is not None
+        assert pager is not None
+        before = store.table_state()
+        answer(runner, list(range(40)), 30)
+        snapshot, after = pager.snapshot(), store.table_state()
+        runner.close()
+        assert snapshot is not None
+        assert snapshot.predictor == "table"
+        assert snapshot.stats.prefetched > 0
+        assert before is not None
+        assert after is not None
+        return before, after
+
+    before, after = served()
+    assert not any(before)
+    again, later = served()
+    assert again == after != later
+    (file,) = (tmp_path / "state" / "experts").glob("*/pairs.bin")
+    assert not caplog.records
+    file.write_bytes(file.read_bytes()[:-7])
+    before, _ = served()
+    assert not any(before)
+    assert "is begun anew" in caplog.text

@@ -79,8 +79,8 @@ def test_inspect_what_it_cannot(tmp_path: Path) -> None:
 
 
 def _app(paged: bool) -> FastAPI:
-    pager = PagerSnapshot(slots=12, experts=24, resident_bytes=3 << 20, ahead=True, stats=STATS) if paged else None
-    state = ModelSnapshot("tiny", 0, 0, 0, 1, 0, 0, 0, 0.0, 0.0, experts=pager)
+    pager = PagerSnapshot(slots=12, experts=24, resident_bytes=3 << 20, ahead=True, stats=STATS, predictor="table")
+    state = ModelSnapshot("tiny", 0, 0, 0, 1, 0, 0, 0, 0.0, 0.0, experts=pager if paged else None)
     app = FastAPI()
 
     @app.get("/metrics")
@@ -100,7 +100,7 @@ def test_stats() -> None:
         "12 of 24 experts",
         "30 (75.0%)",
         "7 kept, 1 streamed",
-        "5, now on",
+        "5, now on, by the table",
         "2 (40.0%)",
         "2.0 MiB in 39",
         "1.5 s",
@@ -109,6 +109,7 @@ def test_stats() -> None:
     assert figures["expert_needed"] == 40
     assert figures["expert_stall_seconds"] == 1.5
     assert figures["experts"] == 24
+    assert figures["expert_predictor_table"] == 1
 
 
 def test_stats_of_nothing() -> None:

@@ -13,6 +13,7 @@ from edgellm.backend.context import Context, ContextParams
 from edgellm.backend.model import Model
 from edgellm.moe.layout import ExpertLayout, read_layout
 from edgellm.moe.pager import load_paged
+from edgellm.moe.pair_table import PairTable
 from tests.support.moe_traits import ARCHITECTURES
 from tests.support.tiny_moe import write_tiny_moe
 
@@ -24,6 +25,11 @@ def layout_of(path: Path, *, packed: bool = True) -> ExpertLayout:
     layout = read_layout(path, packed=packed)
     assert layout is not None
     return layout
+
+
+def withhold_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are loaded from now on have routers that cannot be read."""
+    monkeypatch.setattr("edgellm.moe.pager.router_width", lambda _: 0)
 
 
 def run(model: Model) -> Logits:
@@ -133,3 +139,74 @@ def test_experts_are_read_when_they_are_needed(tmp_path: Path) -> None:
     assert 0 < stats.hits < stats.needed
     assert stats.reads == 3 * (stats.loads + stats.streamed)
     assert stats.bytes == stats.reads * layout.read_bytes[0] // 3
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_where_routers_are_withheld_the_table_reads_ahead(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe", weights="q4_k")
+    layout = layout_of(path)
+    whole = run(load_paged(layout, layout.whole_bytes, tmp_path))
+    if not known:
+        withhold_routers(monkeypatch)
+    model = load_paged(layout, layout.least_bytes + (layout.whole_bytes - layout.least_bytes) // 2, tmp_path)
+    store = model.experts
+    assert store is not None
+    store.read_ahead(True)
+    context = Context(model, ContextParams(512, sequences=1, batch_tokens=8, outputs=8, threads=2))
+    batch = Batch(8)
+    for position in range(60):
+        batch.clear()
+        batch.extend([7 * position % 250], position, 0, outputs=1)
+        context.decode(batch)
+    stats, predictor = store.stats, store.predictor
+    context.close()
+    assert predictor == ("routers" if known else "table")
+    assert stats.prefetched > 0
+    assert stats.prefetch_used > 0
+    assert np.array_equal(run(model), whole)  # closes it, in the end
+
+
+def test_what_the_table_learns_is_what_the_routers_choose(tmp_path: Path) -> None:
+    """Prompts and steps of several sequences, by the log; the other copy of the table learns the same from it."""
+    path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe")
+    layout = layout_of(path)
+    model = load_paged(layout, layout.least_bytes, tmp_path)
+    store = model.experts
+    assert store is not None
+    context = Context(model, ContextParams(512, sequences=2, batch_tokens=16, outputs=16, threads=2))
+    batch, other = Batch(16), PairTable(layout.layers, layout.experts)
+    positions = [0, 0]
+    store.log_routes(True)
+    for counts in [(9, 7), (1, 0), (1, 1), (0, 1), (1, 1), (5, 1)]:
+        batch.clear()
+        for sequence, count in enumerate(counts):
+            batch.extend(
+                [11 * (positions[sequence] + i) % 250 for i in range(count)], positions[sequence], sequence, outputs=1
+            )
+            positions[sequence] += count
+        context.decode(batch)
+        rows: dict[int, list[list[int]]] = {}
+        log = store.take_log().tolist()
+        while log:
+            distance, layer, _, used = log[:4]
+            if distance < 0:
+                rows.setdefault(layer, []).append(log[4 : 4 + used])
+            log = log[4 + used :]
+        for layer, chosen in rows.items():
+            other.observe_step(layer, chosen)
+    state = store.table_state()
+    context.close()
+    model.close()
+    assert state == other.state()
+    assert any(state)
+
+
+def test_where_every_expert_has_a_slot_nothing_is_learned(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe")
+    layout = layout_of(path)
+    model = load_paged(layout, layout.whole_bytes, tmp_path)
+    assert model.experts is not None
+    assert model.experts.table_state() is None
+    model.close()
