@@ -36,7 +36,8 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Tensor), ctypes.c_boo
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`way`: "paged", "unforeseen" (paged without look-ahead) or "mmap" (llama.cpp's)."""
+    """`way`: "paged", "table" (paged, look-ahead by the table: its routers are withheld), "unforeseen" (paged without
+    look-ahead) or "mmap" (llama.cpp's)."""
 
     model: str
     text: str
@@ -110,6 +111,9 @@ def _open(task: Task) -> tuple[Model, Pager | None, _Routed | None]:
     if model.experts is None:
         raise SystemExit("the model is not paged")
     pager = Pager(model.experts, layout, Path(tempfile.mkdtemp(dir=task.home)) / "routing.npy")
+    if task.way == "table":
+        none = np.zeros(0, np.float32)
+        model.experts.set_routers([(none, none, none, False)] * layout.layers, layout.experts_used or 1, 1)
     if task.way == "unforeseen":
         pager.price.on = False
         model.experts.read_ahead(False)
@@ -173,7 +177,7 @@ def _decode(
     task: Task, context: Context, pager: Pager | None, routed: _Routed | None, ids: list[int], found: Measured
 ) -> None:
     routes = np.load(task.routes) if task.routes else None
-    foreseen = np.load(task.foreseen) if task.foreseen else None
+    foreseen = np.load(task.foreseen) if task.foreseen and task.way == "paged" else None
     batch, seconds, ahead = Batch(1), [], 0
     half, disk, began = (pager.store.stats if pager else None), _disk_bytes(), time.perf_counter()
     for number in range(task.tokens):
@@ -191,7 +195,7 @@ def _decode(
         seconds.append(time.perf_counter() - started)
         if pager:
             ahead += pager.price.on
-            if task.way == "paged":
+            if task.way in ("paged", "table"):
                 pager.after_step(seconds[-1], 1)
         if time.perf_counter() - began > task.most_seconds and number >= 7:
             break
