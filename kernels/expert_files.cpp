@@ -58,6 +58,15 @@ size_t ExpertSlice::stored_bytes(int32_t expert) const {
     return width == 0 ? bytes : narrow_size(type, columns, rows, width);
 }
 
+Span Span::with(const ExpertSlice & slice, int32_t expert) const {
+    const uint64_t at = slice.offset_of(expert), size = slice.stored_bytes(expert);
+    return {std::min(begin, at), std::max(end, at + size), bytes + size};
+}
+
+bool Span::worth_one_read() const { return end - begin <= std::min(kWholeBytes, bytes + kSector); }
+
+size_t Span::sector_bytes() const { return rounded(end - begin + kSector - 1, kSector); }
+
 size_t slice_extent(const ExpertSlice & slice) {
     return slice.packed ? rounded(slice.memory_bytes(), kSector) : rounded(slice.bytes + kSector - 1, kSector);
 }

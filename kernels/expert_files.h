@@ -37,6 +37,19 @@ struct ExpertSlice {
     size_t lead(int32_t expert) const { return straight(expert) ? offset_of(expert) % kSector : 0; }
 };
 
+// What one read brings: a matrix, or several of an expert that lie beside each other in the file.
+struct Span {
+    uint64_t begin = UINT64_MAX, end = 0, bytes = 0;
+
+    Span with(const ExpertSlice & slice, int32_t expert) const;
+    // Small reads are slow because of their number; large ones are not, and of them the first matrix can be multiplied by
+    // while the second is read.
+    bool worth_one_read() const;
+    size_t sector_bytes() const;  // of the sectors that one of its size may touch
+};
+
+constexpr uint64_t kWholeBytes = uint64_t{1} << 20;  // most that is read at once of several matrices
+
 // Bytes of memory that a matrix of this kind takes in a slot or a cell.
 size_t slice_extent(const ExpertSlice & slice);
 

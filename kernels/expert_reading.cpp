@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
+#include <utility>
 
 #include "crc32c.h"
 #include "expert_store.h"
@@ -13,39 +15,30 @@
 namespace edgellm {
 namespace {
 
-// Matrices of an expert that lie beside each other in the file are read at once up to this size: small reads are slow
-// because of their number, large ones are not, and their first matrix can be multiplied by while the second is read.
-constexpr uint64_t kWholeBytes = uint64_t{1} << 20;
-
-size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 uint64_t now_ns() {
     return static_cast<uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
-struct Span {  // of a file
-    uint64_t begin = UINT64_MAX, end = 0, bytes = 0;
-
-    Span with(const ExpertSlice & slice, int32_t expert) const {
-        const uint64_t at = slice.offset_of(expert);
-        const uint64_t size = slice.stored_bytes(expert);
-        return {std::min(begin, at), std::max(end, at + size), bytes + size};
-    }
-    bool worth_one_read() const { return end - begin <= std::min(kWholeBytes, bytes + kSector); }
-    size_t sectors() const { return rounded(end - begin + kSector - 1, kSector); }
-};
-
 }  // namespace
 
 ReaderBytes reader_bytes(const std::vector<ExpertSlice> & slices, int experts) {
     ReaderBytes most;
-    for (const ExpertSlice & slice : slices)
+    std::map<std::pair<int, int>, std::vector<const ExpertSlice *>> layers;  // of each file
+    for (const ExpertSlice & slice : slices) layers[{slice.layer, slice.file}].push_back(&slice);
+    for (const auto & [place, pieces] : layers)
         for (int32_t e = 0; e < experts; ++e) {
-            const Span span = Span{}.with(slice, e);
-            if (!slice.straight(e)) most.bounce = std::max(most.bounce, span.sectors());
-            if (slice.packed && slice.width_of(e) != 0) most.wide = std::max<size_t>(most.wide, slice.bytes);
-            if (!slice.offsets.empty() && span.worth_one_read()) most.bounce = std::max(most.bounce, rounded(kWholeBytes + kSector, kSector));
+            Span all;
+            bool beside = false;
+            for (const ExpertSlice * piece : pieces) {
+                const Span own = Span{}.with(*piece, e);
+                if (!piece->straight(e)) most.bounce = std::max(most.bounce, own.sector_bytes());
+                if (piece->packed && piece->width_of(e) != 0) most.wide = std::max<size_t>(most.wide, piece->bytes);
+                for (const ExpertSlice * other : pieces) beside = beside || (other != piece && own.with(*other, e).worth_one_read());
+                all = all.with(*piece, e);
+            }
+            all.end = std::min(all.end, all.begin + kWholeBytes);  // no read of several is longer
+            if (beside) most.bounce = std::max(most.bounce, all.sector_bytes());
         }
     return most;
 }

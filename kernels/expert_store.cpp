@@ -363,8 +363,8 @@ void ExpertStore::promote(const ExpertSlice & slice, int32_t expert, int slot) {
         std::deque<Job> & jobs = queue(urgency);
         const auto found = std::find_if(jobs.begin(), jobs.end(), wanted);
         if (found == jobs.end()) continue;
-        queue(Urgency::now).push_back({&slice, expert, slot, Urgency::now});
         jobs.erase(found);
+        queue(Urgency::now).push_back({&slice, expert, slot, Urgency::now});
         return;
     }
 }

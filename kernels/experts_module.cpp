@@ -103,7 +103,7 @@ void bind_experts(nb::module_ & m) {
                             uint64_t offset, uint64_t bytes, bool packed, std::vector<uint64_t> offsets, const nb::bytes & widths) {
             const auto * first = reinterpret_cast<const uint8_t *>(widths.c_str());
             new (self) ExpertSlice{std::move(name), type, columns, rows, layer, 0, file, offset, bytes, packed, std::move(offsets),
-                                   std::vector<uint8_t>(first, first + widths.size()), 0, 0};
+                                   std::vector<uint8_t>(first, first + widths.size())};
         }, "name"_a, nb::kw_only(), "type"_a, "columns"_a, "rows"_a, "layer"_a, "file"_a, "offset"_a, "bytes"_a, "packed"_a,
              "offsets"_a, "widths"_a)
         .def_prop_ro("extent", &slice_extent, "Bytes of memory for one expert's matrix, in a slot or a cell.");

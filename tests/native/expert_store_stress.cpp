@@ -49,7 +49,7 @@ Fixture write_file(const std::string & folder, bool packed, bool beside) {
             const uint64_t bytes = packed ? static_cast<uint64_t>(rows * columns / 32 * 34) : static_cast<uint64_t>(rows * columns * 4);
             const uint64_t record = 8 * edgellm::kSector;
             ExpertSlice slice{"l" + std::to_string(layer) + "p" + std::to_string(part), packed ? int32_t{edgellm::Q8_0} : kFloat,
-                              columns, rows, layer, part, 0, offset, bytes, packed, {}, {}, 0, 0};
+                              columns, rows, layer, part, 0, offset, bytes, packed, {}, {}};
             for (uint64_t e = 0; beside && e < kExperts; ++e)
                 slice.offsets.push_back((static_cast<uint64_t>(layer) * kExperts + e) * record + static_cast<uint64_t>(part) * (bytes + 17));
             for (int e = 0; beside && packed && e < kExperts; ++e) slice.widths.push_back(e % 3 == 0 ? kWidth : 0);
