@@ -20,7 +20,7 @@ FIRST_HOLD_STEPS = 128
 LAST_HOLD_STEPS = 4096
 """Steps between trials: the first number after a decision that is new, doubled with each that confirms it."""
 
-_GAIN = 0.01  # reading ahead must save at least this part of a step
+_GAIN = 0.03  # reading ahead must save at least this part of a step: less is within the noise of a trial
 _CLEAR = 0.15  # a difference of this part ends a trial after half of its turns
 _SMOOTHING = 0.05  # of a step's usual length
 _MOST_ROWS = 16  # steps of more rows are prompts: they are not compared
