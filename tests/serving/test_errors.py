@@ -59,6 +59,7 @@ TABLE: list[tuple[BaseException, int, str, str, str | None]] = [
     (errors.BackendError("x"), 500, "server_error", "backend_error", None),
     (errors.ExpertReadError("x"), 500, "server_error", "expert_read_failed", None),
     (errors.InvalidTraceError("x"), 500, "server_error", "server_error", None),
+    (errors.PackError("x"), 500, "server_error", "server_error", None),
     (errors.ConfigError("x"), 500, "server_error", "config_error", None),
     (errors.EdgeLLMError("x"), 500, "server_error", "server_error", None),
     (ClientDisconnect(), 499, "invalid_request_error", "client_closed_request", None),
