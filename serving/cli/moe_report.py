@@ -102,6 +102,8 @@ def _budget(layout: ExpertLayout, profile: Profile, size: int) -> dict[str, Any]
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     each = [_mib(size) for size in facts["expert_bytes"]]
+    if len(each) > 2:  # a pack's, in the middle of each layer
+        each = [f"{each[0]} to {each[-1]}"]
     return [
         ("model", facts["model"]),
         ("MoE layers", str(facts["layers"])),
@@ -119,6 +121,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _mib(size: int) -> str:
+    if size < _MIB:
+        return f"{size / 1024:,.0f} KiB"
     return f"{size / _MIB:,.1f} MiB" if size < 100 * _MIB else f"{size / _MIB:,.0f} MiB"
 
 
