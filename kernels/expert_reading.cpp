@@ -139,8 +139,8 @@ void ExpertStore::take(std::vector<Job> & jobs) {
     if (first.place < 0) return;
     Span span = Span{}.with(*first.slice, first.expert);
     for (auto other = from.begin(); other != from.end();) {
-        const bool beside = other->place == first.place && other->slice->file == first.slice->file &&
-                            span.with(*other->slice, other->expert).worth_one_read();
+        const bool beside = other->slice->layer == first.slice->layer && other->expert == first.expert &&
+                            other->place == first.place && other->slice->file == first.slice->file && span.with(*other->slice, other->expert).worth_one_read();
         if (!beside) {
             ++other;
             continue;
@@ -201,7 +201,7 @@ bool ExpertStore::read(const std::vector<Job> & jobs, uint8_t * bounce, Scratch 
     const Job & first = jobs.front();
     const bool straight = jobs.size() == 1 && first.slice->straight(first.expert);
     uint8_t * const target = straight ? address(first) - first.slice->lead(first.expert) : bounce;
-    if (target == nullptr) {
+    if (target == nullptr || (!straight && span.sector_bytes() > reader_bytes_.bounce)) {
         fault = "no memory to read experts into";
         return false;
     }

@@ -155,8 +155,6 @@ void ExpertStore::begin(const ExpertSlice & slice, const int32_t * experts, size
             promote(slice, experts[i], slot);
         } else if (now == State::absent) {
             request(slice, experts[i], slot, Urgency::now);
-        } else if (now == State::reading) {
-            pools_[static_cast<size_t>(params_.pools[static_cast<size_t>(slice.layer)])].content[static_cast<size_t>(slot)].wanted = true;
         } else if (now == State::failed) {  // ahead of the step, which needs it
             error_ = ahead_error_;
             failed_.store(true, std::memory_order_release);
@@ -220,6 +218,7 @@ void ExpertStore::start_visit(const ExpertSlice & slice, const int32_t * experts
         const int slot = residency_->slot_of(layer_, experts[i]);
         if (slot < 0) continue;
         Pool::Slot & content = pools_[static_cast<size_t>(pool)].content[static_cast<size_t>(slot)];
+        content.wanted = true;  // whatever is still to be read of it: if that fails, the slot must not be another's
         if (content.prefetched) {
             content.prefetched = false;
             ++(content.counted ? stats_.prefetch_used : stats_.loads);

@@ -152,7 +152,7 @@ class ExpertStore {
             int16_t pending = 0;  // reads that are queued or running
             bool prefetched = false;  // and not needed since
             bool counted = false;     // as prefetched: its first read has begun
-            bool wanted = false;      // by the running step: a read that fails fails the step
+            bool wanted = false;      // by a step, since it was read: a read that fails fails the step
             bool failed = false;
             int16_t rank = -1;  // in the prediction that it was read for
         };

@@ -26,14 +26,14 @@ def publish(temporary: Path, path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes, *, make_folders: bool = True) -> None:
     """Make `path` hold `data`, creating directories as needed, if they may be. Raises OSError."""
-    with _temporary(path, make_folders) as temporary:
+    with temporary_beside(path, make_folders=make_folders) as temporary:
         temporary.write_bytes(data)
         publish(temporary, path)
 
 
 def copy_atomic(source: Path, path: Path) -> None:
     """Make `path` a copy of `source`. Raises OSError."""
-    with _temporary(path) as temporary:
+    with temporary_beside(path) as temporary:
         shutil.copyfile(source, temporary)
         publish(temporary, path)
 
@@ -49,10 +49,10 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-class _temporary(contextlib.AbstractContextManager[Path]):  # noqa: N801 (reads as a function)
-    """A new hidden file beside `path`; removed on exit if it is still there."""
+class temporary_beside(contextlib.AbstractContextManager[Path]):  # noqa: N801 (reads as a function)
+    """A new hidden file beside `path`, for `publish`; removed on exit if it is still there. Raises OSError."""
 
-    def __init__(self, path: Path, make_folders: bool = True) -> None:
+    def __init__(self, path: Path, *, make_folders: bool = True) -> None:
         if make_folders:
             path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)

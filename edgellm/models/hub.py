@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote
 
-from edgellm.errors import InvalidModelFileError, PullError
+from edgellm.errors import InvalidModelFileError, ModelUnsupportedError, PullError
 from edgellm.models.describe import describe
 from edgellm.models.files import publish
 from edgellm.models.names import place, slug
@@ -153,7 +153,7 @@ def _fetch_all(
         if describe(transfers[0].path).is_adapter:
             raise InvalidModelFileError(f"{name} is a LoRA adapter, not a model")
         store.record(transfers[0].path, source, sha256=transfers[0].sha256)
-    except InvalidModelFileError as error:
+    except (InvalidModelFileError, ModelUnsupportedError) as error:
         for transfer in transfers:
             transfer.path.unlink(missing_ok=True)
         raise PullError(f"{error}; it was removed") from None

@@ -16,9 +16,13 @@ from edgellm.errors import InvalidModelFileError, ModelUnsupportedError
 from edgellm.models.ggml_types import GGML_TYPES
 from edgellm.models.gguf import GGUFHeader, TensorInfo
 from edgellm.models.gguf_values import GGUFArray, Value
+from edgellm.models.sanity import MAX_EXPERTS
 
 STACKED_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate_up|up|gate|down)_exps\.weight")
 """Names of stacked expert tensors: one matrix for each expert, (experts, rows, columns)."""
+
+PACK_NAME_END = ".pack"
+"""How the name of a pack ends, if nothing else is asked for: MODEL.pack.gguf."""
 
 PACK_TENSOR = re.compile(r"blk\.(\d+)\.expert_pack")
 VERSION_KEY = "edgellm.pack.version"
@@ -31,6 +35,8 @@ VERSION = 1
 RECORD_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = 64
 
+_MOST_EXPANSION = 8  # of a matrix, from 2 bits to its type
+
 
 @dataclass(frozen=True, slots=True)
 class PackContent:
@@ -38,6 +44,14 @@ class PackContent:
 
     stacked: tuple[TensorInfo, ...]
     widths: tuple[bytes, ...]  # (blocks, experts), blocks by number: bits; 0: as the tensor's type has it
+
+
+def block_of(tensor: TensorInfo) -> int:
+    """The block of a stacked expert tensor. Raises ValueError for another."""
+    match = STACKED_EXPERTS.fullmatch(tensor.name)
+    if match is None:
+        raise ValueError(f"{tensor.name} is not a stacked expert tensor")
+    return int(match[1])
 
 
 def is_pack(header: GGUFHeader) -> bool:
@@ -59,10 +73,11 @@ def read_pack(header: GGUFHeader) -> PackContent:
     stacked = tuple(
         _stacked(header, names[index], types[index], dims[3 * index : 3 * index + 3]) for index in range(len(names))
     )
-    blocks = {_block(tensor) for tensor in stacked}
+    blocks = {block_of(tensor) for tensor in stacked}
     experts = {tensor.dims[2] for tensor in stacked}
     there = {int(match[1]) for tensor in header.tensors if (match := PACK_TENSOR.fullmatch(tensor.name))}
-    if blocks != there or len(experts) != 1:
+    places = {STACKED_EXPERTS.sub(r"\2", tensor.name) + str(block_of(tensor)) for tensor in stacked}
+    if blocks != there or len(experts) != 1 or len(places) != len(stacked):
         raise _unsound(header, "its blocks are not those that it says were packed")
     return PackContent(stacked, _widths(header, len(blocks), experts.pop()))
 
@@ -83,13 +98,10 @@ def _stacked(header: GGUFHeader, name: Value, code: Value, dims: tuple[Value, ..
     columns, rows, experts = sizes
     if columns % kind.block_elements:
         raise _unsound(header, f"rows of {name} have {columns} elements")
-    return TensorInfo(name, sizes, kind, 0, columns // kind.block_elements * kind.block_bytes * rows * experts)
-
-
-def _block(tensor: TensorInfo) -> int:
-    match = STACKED_EXPERTS.fullmatch(tensor.name)
-    assert match is not None
-    return int(match[1])
+    n_bytes = columns // kind.block_elements * kind.block_bytes * rows * experts
+    if experts > MAX_EXPERTS or n_bytes > _MOST_EXPANSION * header.file_bytes:
+        raise _unsound(header, f"{name} would be larger than what can have been packed")
+    return TensorInfo(name, sizes, kind, 0, n_bytes)
 
 
 def _widths(header: GGUFHeader, blocks: int, experts: int) -> tuple[bytes, ...]:

@@ -20,6 +20,7 @@ from edgellm.models.bundled import DEFAULT_MODEL, bundled_path, verify_bundled
 from edgellm.models.describe import describe
 from edgellm.models.files import copy_atomic, write_atomic
 from edgellm.models.names import MAX_PARTS, is_name, place
+from edgellm.models.packs import PACK_NAME_END
 from edgellm.models.split import model_stem, split_names
 
 _SUFFIX = ".gguf"
@@ -137,6 +138,8 @@ class ModelStore(_Store):
         found = [model for model in models if model.name == wanted] or [
             m for m in models if _abbreviates(wanted, m.name)
         ]
+        if len(found) > 1:  # a pack beside its model has to be named
+            found = [model for model in found if not model.name.endswith(PACK_NAME_END)] or found
         if len(found) > 1:
             names = ", ".join(model.name for model in found)
             raise ModelNotFoundError(f"{text!r} may be any of {names}; give more of the name.")

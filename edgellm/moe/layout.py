@@ -11,8 +11,10 @@ from edgellm.backend.experts import Slice, reader_bytes
 from edgellm.errors import InvalidModelFileError, ModelTooLargeError, ModelUnsupportedError
 from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
 from edgellm.models.packs import PACK_TENSOR, STACKED_EXPERTS, is_pack, read_pack
+from edgellm.models.sanity import MAX_EXPERTS
 from edgellm.models.split import split_headers
-from edgellm.moe.records import MULTIPLICATION_ORDER, block_of, lay_out_records
+from edgellm.moe.pair_table import state_bytes
+from edgellm.moe.records import MULTIPLICATION_ORDER, lay_out_records, place_of
 
 _SEPARATE = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.\d+\.weight")  # Mixtral files of 2023
 _STREAM_SHARE = 16  # the streaming area takes at most this part of a budget, beyond the least
@@ -45,8 +47,8 @@ class ExpertLayout:
 
     @property
     def reading_bytes(self) -> int:
-        """Memory that the readers take to rearrange experts."""
-        return reader_bytes(self.slices, self.experts)
+        """Memory that the readers take to rearrange experts, and the table of which follow which."""
+        return reader_bytes(self.slices, self.experts) + state_bytes(self.layers, self.experts)
 
     @property
     def least_bytes(self) -> int:
@@ -124,7 +126,7 @@ def _packed(header: GGUFHeader, packed: bool) -> dict[int, list[tuple[int, Slice
     places = {int(match[1]): tensor for tensor in header.tensors if (match := PACK_TENSOR.fullmatch(tensor.name))}
     found: dict[int, list[tuple[int, Slice, int]]] = {}
     for block, widths in zip(sorted(places), content.widths, strict=True):
-        records = lay_out_records([tensor for tensor in content.stacked if block_of(tensor)[0] == block], widths)
+        records = lay_out_records([tensor for tensor in content.stacked if place_of(tensor)[0] == block], widths)
         if records.n_bytes != places[block].n_bytes:
             raise InvalidModelFileError(
                 f"{header.path.name}: {places[block].name} has {places[block].n_bytes} bytes, not {records.n_bytes}"
@@ -134,7 +136,7 @@ def _packed(header: GGUFHeader, packed: bool) -> dict[int, list[tuple[int, Slice
             piece, experts = _slice(tensor, 0, 0, packed)
             offsets = tuple(start + int(offset) for offset in records.offsets[number])
             piece = replace(piece, offsets=offsets, widths=records.widths[number].tobytes())
-            found.setdefault(block, []).append((block_of(tensor)[1], piece, experts))
+            found.setdefault(block, []).append((place_of(tensor)[1], piece, experts))
     return found
 
 
@@ -142,6 +144,8 @@ def _layout(headers: tuple[GGUFHeader, ...], found: dict[int, list[tuple[int, Sl
     counts = {experts for pieces in found.values() for _, _, experts in pieces}
     if len(counts) != 1:
         raise ModelUnsupportedError(f"{headers[0].path.name}: its layers have different numbers of experts")
+    if max(counts) > MAX_EXPERTS:
+        raise ModelUnsupportedError(f"{headers[0].path.name}: its layers have more than {MAX_EXPERTS} experts")
     experts, said = counts.pop(), _whole(_own(headers[0], "expert_count"))
     if said and said != experts:
         raise ModelUnsupportedError(

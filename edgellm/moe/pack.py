@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from edgellm.backend.narrow import narrow
 from edgellm.errors import InvalidModelFileError, ModelUnsupportedError, PackError
+from edgellm.models.files import publish, temporary_beside
 from edgellm.models.ggml_types import GGML_TYPES
 from edgellm.models.gguf import GGUFHeader, TensorInfo, read_header
 from edgellm.models.gguf_write import NewTensor, Numbers, write_header
@@ -26,10 +28,11 @@ from edgellm.models.packs import (
     VERSION,
     VERSION_KEY,
     WIDTHS_KEY,
+    block_of,
     is_pack,
 )
 from edgellm.models.split import split_headers
-from edgellm.moe.records import Records, block_of, lay_out_records
+from edgellm.moe.records import Records, lay_out_records
 
 Progress = Callable[[int, int], None]  # bytes written, of so many
 
@@ -59,28 +62,47 @@ def write_pack(
     """
     headers = split_headers(read_header(path))
     blocks = _packable(headers)
-    if target.exists():
-        raise PackError(f"{target} is there already")
-    experts = next(iter(blocks.values()))[0][1].dims[2]
     if widths is None:
-        widths = np.zeros((len(blocks), experts), np.uint8)
-    records = {
-        block: lay_out_records([tensor for _, tensor in places], widths[row].tobytes())
-        for row, (block, places) in enumerate(sorted(blocks.items()))
-    }
-    part = target.with_name(f".{target.name}.part")
-    try:
+        widths = _full_widths(blocks)
+    records = _records(blocks, widths)
+    with _written_to(target) as part:
         _check_room(target.parent, headers, records)
         with part.open("wb") as file:
             _write(file, headers, blocks, records, _keys(blocks, widths, facts), progress)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(target)
+        publish(part, target)
+    return target.stat().st_size
+
+
+def check_packable(path: Path, target: Path) -> None:
+    """Raises what `write_pack` would raise, as far as that can be known before: measuring widths takes long."""
+    headers = split_headers(read_header(path))
+    blocks = _packable(headers)
+    with _written_to(target):
+        _check_room(target.parent, headers, _records(blocks, _full_widths(blocks)))
+
+
+@contextlib.contextmanager
+def _written_to(target: Path) -> Iterator[Path]:
+    """A temporary file that may become `target`. Raises PackError if there is one, and for an OSError."""
+    if os.path.lexists(target):
+        raise PackError(f"{target} is there already")
+    try:
+        with temporary_beside(target, make_folders=False) as part:
+            yield part
     except OSError as error:
         raise PackError(f"{target} cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return target.stat().st_size
+
+
+def _full_widths(blocks: Mapping[int, list[Place]]) -> Widths:
+    experts = next(iter(blocks.values()))[0][1].dims[2]
+    return np.zeros((len(blocks), experts), np.uint8)
+
+
+def _records(blocks: Mapping[int, list[Place]], widths: Widths) -> dict[int, Records]:
+    return {
+        block: lay_out_records([tensor for _, tensor in places], widths[row].tobytes())
+        for row, (block, places) in enumerate(sorted(blocks.items()))
+    }
 
 
 def _packable(headers: tuple[GGUFHeader, ...]) -> dict[int, list[Place]]:
@@ -92,7 +114,7 @@ def _packable(headers: tuple[GGUFHeader, ...]) -> dict[int, list[Place]]:
     for header in headers:
         for tensor in header.tensors:
             if STACKED_EXPERTS.fullmatch(tensor.name):
-                blocks.setdefault(block_of(tensor)[0], []).append((header, tensor))
+                blocks.setdefault(block_of(tensor), []).append((header, tensor))
     if not blocks:
         raise ModelUnsupportedError(f"{name} has no stacked expert tensors to be packed")
     if len({tensor.dims[2:] for places in blocks.values() for _, tensor in places}) != 1:

@@ -83,7 +83,9 @@ def _set_routers(store: ExpertStore, layout: ExpertLayout) -> None:
             parts = [(router.weights, router.bias, router.selection_bias, router.sigmoid) for router in routers]
             store.set_routers(parts, layout.experts_used, width)
     except (OSError, ValueError) as error:
-        _log.warning("%s: no experts are read ahead: its routers cannot be used: %s", layout.name, error)
+        _log.warning(
+            "%s: its routers cannot be used, experts are foreseen by those that went before: %s", layout.name, error
+        )
 
 
 @dataclass(frozen=True, slots=True)

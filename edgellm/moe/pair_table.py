@@ -121,7 +121,9 @@ def state_bytes(layers: int, experts: int) -> int:
 def write_table(path: Path, layers: int, experts: int, state: bytes) -> None:
     """In one step. A table that cannot be written is logged: it is a help, not a need."""
     try:
-        write_atomic(path, _HEAD.pack(_MAGIC, layers, experts) + zlib.compress(state, 1))
+        write_atomic(path, _HEAD.pack(_MAGIC, layers, experts) + zlib.compress(state, 1), make_folders=False)
+    except FileNotFoundError:
+        _log.debug("the table of experts is not kept: its folder was removed")
     except OSError as error:
         _log.warning("the table of experts %s cannot be written: %s", path, error)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgellm.backend.narrow import can_narrow, narrow_size
 from edgellm.models.gguf import TensorInfo
-from edgellm.models.packs import MATRIX_ALIGNMENT, RECORD_ALIGNMENT, STACKED_EXPERTS
+from edgellm.models.packs import MATRIX_ALIGNMENT, RECORD_ALIGNMENT, STACKED_EXPERTS, block_of
 
 MULTIPLICATION_ORDER = ("gate_up", "up", "gate", "down")
 """The order in which llama.cpp multiplies by an expert's matrices."""
@@ -26,12 +26,10 @@ class Records:
     n_bytes: int  # of all records
 
 
-def block_of(tensor: TensorInfo) -> tuple[int, int]:
+def place_of(tensor: TensorInfo) -> tuple[int, int]:
     """(block, place in the order of multiplication) of a stacked tensor. Raises ValueError for another."""
     match = STACKED_EXPERTS.fullmatch(tensor.name)
-    if match is None:
-        raise ValueError(f"{tensor.name} is not a stacked expert tensor")
-    return int(match[1]), MULTIPLICATION_ORDER.index(match[2])
+    return block_of(tensor), MULTIPLICATION_ORDER.index(match[2] if match else "")
 
 
 def lay_out_records(tensors: Sequence[TensorInfo], widths: bytes) -> Records:
@@ -39,7 +37,7 @@ def lay_out_records(tensors: Sequence[TensorInfo], widths: bytes) -> Records:
 
     A width that a tensor's type cannot be narrowed to leaves its matrices as they are.
     """
-    ordered = tuple(sorted(tensors, key=block_of))
+    ordered = tuple(sorted(tensors, key=place_of))
     offsets = np.zeros((len(ordered), len(widths)), np.int64)
     narrowed = np.zeros((len(ordered), len(widths)), np.uint8)
     at = 0

@@ -17,15 +17,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgellm.config import home_dir
 from edgellm.engine.threads import default_threads
-from edgellm.errors import ConfigError, ModelUnsupportedError, PackError
+from edgellm.errors import ConfigError, ModelUnsupportedError
 from edgellm.models.describe import describe
 from edgellm.models.gguf_write import Numbers
 from edgellm.models.memory import available_memory_bytes
+from edgellm.models.packs import PACK_NAME_END
 from edgellm.models.split import model_stem
 from edgellm.models.store import ModelStore
 from edgellm.moe.layout import ExpertLayout, read_layout
 from edgellm.moe.narrowing import Bench, choose
-from edgellm.moe.pack import write_pack
+from edgellm.moe.pack import check_packable, write_pack
 from edgellm.moe.sample_text import sample_text
 from edgellm.moe.widths import Choice
 from serving.cli.text_files import read_text
@@ -64,9 +65,8 @@ def run_pack(request: PackRequest, *, as_json: bool) -> None:
     layout = read_layout(found.path, packed=True)
     if layout is None:
         raise ModelUnsupportedError(f"{found.path.name} has no experts")
-    target = request.output or found.path.with_name(f"{model_stem(found.path.name)}.pack.gguf")
-    if target.exists():  # before hours of measuring
-        raise PackError(f"{target} is there already")
+    target = request.output or found.path.with_name(f"{model_stem(found.path.name)}{PACK_NAME_END}.gguf")
+    check_packable(found.path, target)
     facts: dict[str, Any] = {"model": found.path.name, "pack": str(target)}
     with _bars(quiet=as_json) as bars:
         choice = None

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgellm.backend.model import Model
 from edgellm.errors import InvalidModelFileError, ModelUnsupportedError, PackError
 from edgellm.models.describe import describe
 from edgellm.models.gguf import read_header
-from edgellm.models.packs import is_pack, model_tensors
+from edgellm.models.packs import (
+    DIMS_KEY,
+    NAMES_KEY,
+    TYPES_KEY,
+    VERSION_KEY,
+    WIDTHS_KEY,
+    is_pack,
+    model_tensors,
+)
 from edgellm.moe.layout import read_layout
-from edgellm.moe.pack import write_pack
+from edgellm.moe.pack import check_packable, write_pack
 from edgellm.moe.pager import load_paged
 from tests.moe.test_paging import budgets, layout_of, run
 from tests.support.moe_traits import ARCHITECTURES
@@ -77,7 +88,10 @@ def test_narrow_experts_compute_what_their_trial_promised(weights: str, width: i
         assert np.array_equal(run(load_paged(narrow, budget, tmp_path)), expected)
     unpacked = read_layout(tmp_path / "pack.gguf", packed=False)
     assert unpacked is not None
-    assert np.isfinite(run(load_paged(unpacked, unpacked.least_bytes, tmp_path, packed=False))).all()
+    plain = layout_of(path, packed=False)
+    expected = run(load_paged(plain, plain.whole_bytes, tmp_path, packed=False, trial_widths=widths))
+    for budget in budgets(unpacked):
+        assert np.array_equal(run(load_paged(unpacked, budget, tmp_path, packed=False)), expected)
 
 
 def test_what_cannot_be_packed(tmp_path: Path) -> None:
@@ -89,8 +103,10 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
         write_pack(path, tmp_path / "pack.gguf")
     with pytest.raises(ModelUnsupportedError, match="already"):
         write_pack(tmp_path / "pack.gguf", tmp_path / "again.gguf")
-    with pytest.raises(PackError, match="cannot be written"):
-        write_pack(path, tmp_path / "nowhere" / "pack.gguf")
+    for place in (tmp_path / "nowhere" / "pack.gguf", path / "pack.gguf"):
+        for attempt in (write_pack, check_packable):
+            with pytest.raises(PackError, match="cannot be written"):
+                attempt(path, place)
     assert sorted(file.name for file in tmp_path.glob("*")) == ["dense.gguf", "model.gguf", "pack.gguf"]
 
 
@@ -117,6 +133,43 @@ def test_damaged_packs_are_refused(tmp_path: Path) -> None:
     spoiled("edgellm.pack.types", b"\x63\0\0\0")
     with pytest.raises(InvalidModelFileError, match="cannot have been packed"):
         describe(pack)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_what_a_pack_says_of_itself_is_not_trusted(pack: Path, data: st.DataObject) -> None:
+    """Any bytes in its keys: it is read, or refused in our own words."""
+    raw, header = pack.read_bytes(), read_header(pack)
+    key = data.draw(st.sampled_from([DIMS_KEY, TYPES_KEY, WIDTHS_KEY, NAMES_KEY, VERSION_KEY]))
+    start, end = header.places[key]
+    start += 8 + len(key) + 4 + (12 if key != VERSION_KEY else 0)
+    values = data.draw(st.lists(st.tuples(st.integers(start, end - 1), st.integers(0, 255)), min_size=1, max_size=6))
+    changed = bytearray(raw)
+    for place, value in values:
+        changed[place] = value
+    spoiled = pack.with_name("spoiled.gguf")
+    spoiled.write_bytes(changed)
+    with contextlib.suppress(InvalidModelFileError, ModelUnsupportedError):
+        describe(spoiled)
+        read_layout(spoiled)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    path = write_tiny_moe(folder / "model.gguf", "qwen3moe", weights="q4_0")
+    write_pack(path, folder / "pack.gguf")
+    return folder / "pack.gguf"
+
+
+def test_blocks_named_in_two_ways_are_refused(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe", weights="q4_0")
+    write_pack(path, tmp_path / "pack.gguf")
+    raw = (tmp_path / "pack.gguf").read_bytes()
+    changed = raw.replace(b"blk.0.ffn_gate_exps.weight", b"blk.00.ffn_up_exps.weight0"[:26], 1)
+    (tmp_path / "pack.gguf").write_bytes(changed)
+    with pytest.raises(InvalidModelFileError):
+        read_layout(tmp_path / "pack.gguf")
 
 
 def test_llama_cpp_itself_refuses_a_pack(tmp_path: Path) -> None:

@@ -221,6 +221,73 @@ def test_matrices_beside_each_other_are_read_at_once(path: Path) -> None:
         assert store.stats.bytes == EXPERTS * LAYERS * (SIZES[Q8_0] + SIZES[F32])
 
 
+def test_experts_of_two_pools_are_read_apart(tmp_path: Path) -> None:
+    """Slots of the same number, and matrices that lie beside each other in the file, of different layers."""
+    path, size = tmp_path / "pools.bin", SIZES[Q8_0]
+    path.write_bytes(np.random.default_rng(4).integers(0, 256, 2 * EXPERTS * size, np.uint8).tobytes())
+    pieces = [
+        Slice(f"{layer}.Q8_0", Q8_0, "Q8_0", COLUMNS, ROWS, layer, 0, 0, size,
+              offsets=tuple((2 * expert + layer) * size for expert in range(EXPERTS)))
+        for layer in range(2)
+    ]  # fmt: skip
+    store = ExpertStore(
+        pieces, [path], experts=EXPERTS, pools=[0, 1], slots=[EXPERTS] * 2, stream_bytes=4 * pieces[0].extent_bytes
+    )
+    try:
+        for _ in range(20):
+            for piece in pieces:
+                store.preload(piece.layer, range(EXPERTS))
+        for piece in pieces:
+            assert fetched(store, piece, list(range(EXPERTS))) == {
+                expert: expected(path, piece, expert) for expert in range(EXPERTS)
+            }
+        assert store.stats.reads == 2 * EXPERTS
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Q8_0, "Q8_0"), (F32, "F32")])
+def test_tensors_of_few_small_experts_are_read_at_once(tmp_path: Path, kind: int, name: str) -> None:
+    path, size = tmp_path / "few.bin", {Q8_0: 16 * 32 // 32 * 34, F32: 16 * 32 * 4}[kind]
+    path.write_bytes(np.random.default_rng(5).integers(0, 256, 4 * size, np.uint8).tobytes())
+    pieces = [Slice(f"0.{n}", kind, name, 32, 16, 0, 0, 2 * n * size, size) for n in range(2)]
+    store = ExpertStore(pieces, [path], experts=2, pools=[0], slots=[2], stream_bytes=2 * pieces[0].extent_bytes)
+    try:
+        for piece in pieces:
+            found = fetched(store, piece, [0, 1])
+            for expert in range(2):
+                raw = np.fromfile(path, np.uint8, size, offset=piece.offset_of(expert))
+                whole = _kernels.pack(kind, 32, 16, raw).tobytes() if piece.packed else raw.tobytes()
+                assert found[expert] == whole
+    finally:
+        store.close()
+
+
+def test_a_needed_experts_slot_is_not_given_away_when_its_rest_cannot_be_read(path: Path) -> None:
+    """The first matrix is there and in use, the second fails ahead of its turn: the step fails."""
+    pieces = slices()[:4]
+    raw = path.read_bytes()
+    sums = np.array(
+        [[crc32c(raw[p.offset_of(e) : p.offset_of(e) + p.n_bytes]) for e in range(EXPERTS)] for p in pieces], np.uint32
+    )
+    sums[3, 2] ^= 1
+    extent = max(piece.extent_bytes for piece in pieces)
+    for _ in range(20):
+        store = ExpertStore(
+            pieces, [path], experts=EXPERTS, pools=[0, 0], slots=[1], stream_bytes=2 * extent, checksums=sums
+        )
+        try:
+            store.prefetch(1, [2])
+            got = fetched(store, pieces[2], [2])
+            store.prefetch(0, [1])
+            if got:
+                assert got[2] == expected(path, pieces[2], 2)
+            fetched(store, pieces[3], [2])
+            assert "is damaged" in store.take_error()
+        finally:
+            store.close()
+
+
 def test_a_file_that_gives_less_than_it_says() -> None:
     """Files of sysfs have a page's size and a line's content, and no unbuffered reads."""
     file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
