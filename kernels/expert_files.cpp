@@ -22,8 +22,6 @@ constexpr bool kCanBeDirect = true;
 constexpr bool kCanBeDirect = false;
 #endif
 
-size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 int64_t modified_ns(const struct stat & s) {
 #ifdef __APPLE__
     return int64_t{s.st_mtimespec.tv_sec} * 1000000000 + s.st_mtimespec.tv_nsec;

@@ -11,6 +11,8 @@ namespace edgellm {
 
 constexpr size_t kSector = 4096;  // what unbuffered reads are aligned to
 
+inline size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
 // One stacked tensor of a layer.
 struct ExpertSlice {
     std::string name;

@@ -11,7 +11,6 @@
 
 #include "narrow.h"
 
-
 namespace edgellm {
 namespace {
 
@@ -20,8 +19,6 @@ constexpr size_t kMostAhead = 64;  // matrices that wait to be read ahead
 // What was read ahead for a rank: from so many on, this part must have been used; old ones count half after so many; a
 // rank that is not worth it is tried again once in so many times.
 constexpr int32_t kRecordStart = 32, kWorthPercent = 60, kRecordEnd = 512, kRetry = 32;
-
-size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // Address space in huge pages where there are any; it takes memory when it is written to.
 uint8_t * reserve(size_t size) {

@@ -238,10 +238,6 @@ std::vector<double> narrow_errors(int32_t type, int64_t columns, int64_t rows, c
     return errors;
 }
 
-double narrow_error(int32_t type, int64_t columns, int64_t rows, int bits, const void * source) {
-    return narrow_errors(type, columns, rows, {bits}, source).front();
-}
-
 void widen_with(const Wideners & wideners, int32_t type, int64_t columns, int64_t rows, int bits, const void * stored,
                 void * source) {
     const uint8_t * table = static_cast<const uint8_t *>(stored);

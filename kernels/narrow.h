@@ -62,7 +62,6 @@ void widen(int32_t type, int64_t columns, int64_t rows, int bits, const void * s
 // whose scale is not a finite number do not count.
 std::vector<double> narrow_errors(int32_t type, int64_t columns, int64_t rows, const std::vector<int> & bits,
                                   const void * source);
-double narrow_error(int32_t type, int64_t columns, int64_t rows, int bits, const void * source);
 
 // `widen` for each instruction set.
 struct Wideners {

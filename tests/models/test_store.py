@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -115,6 +116,17 @@ def test_find_by_name(home: Path, model: Path) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         models.find("zzz")
     assert "Did you mean" not in str(caught.value)
+
+
+def test_a_pack_beside_its_model_has_to_be_named(home: Path, model: Path) -> None:
+    store = ModelStore(home)
+    folder = home / "models" / "org" / "some-gguf"
+    folder.mkdir(parents=True)
+    for name in ("some-q8_0.gguf", "some-q8_0.pack.gguf"):
+        shutil.copy(model, folder / name)
+    for short in ("org/some-gguf", "org/some-gguf:q8_0"):
+        assert store.find(short).name == "org/some-gguf/some-q8_0"
+    assert store.find("org/some-gguf/some-q8_0.pack").name == "org/some-gguf/some-q8_0.pack"
 
 
 def test_find_by_path(home: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
