@@ -6,10 +6,14 @@ EdgeLLMError
 │   ├── ContextLengthError         prompt longer than the model's context
 │   ├── SchemaError                a JSON schema that a grammar cannot express; says which part
 │   ├── GrammarError               a GBNF grammar that llama.cpp refuses
-│   └── ChatTemplateError          the model's template refused the messages, or ran too long
+│   ├── ChatTemplateError          the model's template refused the messages, or ran too long
+│   ├── TrainingDataError          a training file with faults; carries their lines
+│   └── JobStateError              a fine-tuning job that is not in a state to do that
 ├── NotFoundError                  a thing named by the request is not there
 │   ├── ModelNotFoundError
-│   └── AdapterNotFoundError
+│   ├── AdapterNotFoundError
+│   ├── StoredFileNotFoundError
+│   └── JobNotFoundError
 ├── ModelError                     the model, not the request, is at fault
 │   ├── InvalidModelFileError      not a sound GGUF file
 │   ├── ModelUnsupportedError      a sound file that cannot do what is asked
@@ -19,6 +23,7 @@ EdgeLLMError
 ├── PackError                      an expert pack cannot be written
 ├── InvalidTraceError              a file of routing traces (mixture of experts) is unsound
 ├── AdapterError                   a LoRA adapter is unsound or does not fit the model
+├── StorageError                   the state directory cannot be read or written, or its disk is full
 ├── OverloadedError                the queue is full; try again after `retry_after_s`
 ├── ShuttingDownError              the server is on its way out
 ├── RequestTimeoutError            the request's own time limit passed
@@ -27,6 +32,8 @@ EdgeLLMError
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class EdgeLLMError(Exception):
@@ -79,6 +86,23 @@ class ChatTemplateError(RequestError):
     """The chat template raised, ran over its limits, or the model has none."""
 
 
+class TrainingDataError(RequestError):
+    """A training file that cannot be used. `faults` are (line from 1, or 0 for the whole file; what is wrong there).
+
+    `more`: the file was not read to its end, for there were too many already.
+    """
+
+    def __init__(self, faults: Sequence[tuple[int, str]], param: str, *, more: bool = False) -> None:
+        shown = "; ".join(f"line {line}: {text}" if line else text for line, text in faults)
+        super().__init__(shown + ("; there may be more" if more else ""), param)
+        self.faults = tuple(faults)
+        self.more = more
+
+
+class JobStateError(RequestError):
+    """The fine-tuning job's state does not allow that: it has ended, or is not running."""
+
+
 class NotFoundError(EdgeLLMError):
     """A thing named by the request is not there."""
 
@@ -89,6 +113,14 @@ class ModelNotFoundError(NotFoundError):
 
 class AdapterNotFoundError(NotFoundError):
     """No adapter of that name is loaded."""
+
+
+class StoredFileNotFoundError(NotFoundError):
+    """No uploaded file of that id, or its content is gone."""
+
+
+class JobNotFoundError(NotFoundError):
+    """No fine-tuning job of that id."""
 
 
 class ModelError(EdgeLLMError):
@@ -131,6 +163,10 @@ class InvalidTraceError(EdgeLLMError):
 
 class AdapterError(EdgeLLMError):
     """A LoRA adapter is unsound or does not fit the model."""
+
+
+class StorageError(EdgeLLMError):
+    """The state directory cannot be read or written, or its disk is full."""
 
 
 class OverloadedError(EdgeLLMError):

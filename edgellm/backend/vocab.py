@@ -94,6 +94,10 @@ class Vocab:
         """The text of any token, control tokens included: what a chat template calls bos_token or eos_token."""
         return self._read_piece(token, special=True).decode("utf-8", "replace") if 0 <= token < self.n_tokens else ""
 
+    def special_bytes(self, token: int) -> bytes:
+        """The bytes of any token, control tokens included."""
+        return self._read_piece(token, special=True)
+
     def _read_piece(self, token: int, *, special: bool) -> bytes:
         size = 64
         low = lib()
