@@ -50,7 +50,7 @@ def test_every_token_is_packed_once_and_stays_apart_from_others(lengths: list[in
     assert sorted(rows.tokens[rows.segments > 0].tolist()) == list(range(1, sum(lengths) + 1))
     for tokens, mask, segments, positions in zip(rows.tokens, rows.mask, rows.segments, rows.positions, strict=True):
         padding = segments == 0
-        assert not (tokens[padding].any() or mask[padding].any() or positions[padding].any())
+        assert not np.stack([tokens, mask, positions])[:, padding].any()
         for segment in range(1, segments.max(initial=0) + 1):
             inside = segments == segment
             assert positions[inside].tolist() == list(range(inside.sum()))
