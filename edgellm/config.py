@@ -168,6 +168,9 @@ class Settings(BaseSettings):
         (), description="Origin that browsers may call from; may be repeated. None: CORS stays off."
     )
     max_body_bytes: Bytes = Field(8 << 20, ge=1024, description="Largest request body accepted.")
+    max_file_bytes: Bytes = Field(
+        512 << 20, ge=1024, description="Largest file that can be uploaded for fine-tuning (512MiB)."
+    )
     request_timeout_s: Seconds = Field(
         600.0,
         gt=0,

@@ -8,6 +8,7 @@ EdgeLLMError
 │   ├── GrammarError               a GBNF grammar that llama.cpp refuses
 │   ├── ChatTemplateError          the model's template refused the messages, or ran too long
 │   ├── TrainingDataError          a training file with faults; carries their lines
+│   ├── FileTooLargeError          an upload of more bytes than are taken
 │   └── JobStateError              a fine-tuning job that is not in a state to do that
 ├── NotFoundError                  a thing named by the request is not there
 │   ├── ModelNotFoundError
@@ -97,6 +98,10 @@ class TrainingDataError(RequestError):
         super().__init__(shown + ("; there may be more" if more else ""), param)
         self.faults = tuple(faults)
         self.more = more
+
+
+class FileTooLargeError(RequestError):
+    """An uploaded file has more bytes than are taken."""
 
 
 class JobStateError(RequestError):

@@ -62,6 +62,7 @@ _RULES: dict[type[BaseException], _Rule] = {
     errors.GrammarError: _Rule(400, "invalid_grammar", "grammar"),
     errors.ChatTemplateError: _Rule(400, "chat_template_error", "messages"),
     errors.TrainingDataError: _Rule(400, "invalid_training_file", "training_file"),
+    errors.FileTooLargeError: _Rule(413, "request_too_large", "file"),
     errors.JobStateError: _Rule(400, "invalid_job_state"),
     errors.RequestError: _Rule(400, "invalid_value"),
     errors.ModelNotFoundError: _Rule(404, "model_not_found", "model"),

@@ -47,11 +47,11 @@ def _path(loc: Sequence[int | str], body: Any, *, missing: bool) -> str:
 
 def _join(path: str, step: str) -> str:
     if not _PLAIN.fullmatch(step):
-        return f"{path}[{_shown(step)}]"
+        return f"{path}[{shown(step)}]"
     return f"{path}.{step}" if path else step
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as a message may repeat it: short, and printable whatever it holds."""
     if value is None or isinstance(value, (bool, int, float, str)):
         try:
@@ -108,8 +108,8 @@ def _union(path: str, error: Mapping[str, Any]) -> Fault:
     if isinstance(given, Mapping) and field not in given:
         return Fault(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
     if not isinstance(given, Mapping):
-        return Fault(f"Invalid type for '{path}': must be an object, not {_shown(given)}.", path, "invalid_type")
-    expected, tag = context.get("expected_tags", "a known value"), _shown(given[field])
+        return Fault(f"Invalid type for '{path}': must be an object, not {shown(given)}.", path, "invalid_type")
+    expected, tag = context.get("expected_tags", "a known value"), shown(given[field])
     return Fault(f"Invalid value for '{where}': must be one of {expected}, not {tag}.", where, "invalid_value")
 
 
@@ -134,7 +134,7 @@ def _one(error: Mapping[str, Any], path: str) -> Fault:
     else:
         wanted = f"is not valid ({error.get('msg', kind)})"
     if "input" in error and kind not in _SIZES and wanted.startswith("must"):
-        wanted += f", not {_shown(error['input'])}"
+        wanted += f", not {shown(error['input'])}"
     wrong_type = kind.endswith("_type") or kind == "int_from_float"
     if not path:
         return Fault(f"The request body {wanted}.", None, "invalid_type" if wrong_type else "invalid_value")

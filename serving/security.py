@@ -3,7 +3,8 @@
 A local server's enemies are web pages that the user visits. A page can send requests to 127.0.0.1, with a Host header
 of its own (DNS rebinding) or, without asking first, as a form or text/plain POST. So: the Host must be ours; a request
 with a foreign Origin is refused whatever its method (clients that are not browsers send none); and a body must be
-JSON, which a page cannot send without a preflight. Desktop programs built on a browser send an Origin of their own
+JSON, which a page cannot send without a preflight. Uploads are forms, which it can: those of a browser must have an
+Origin, which has been checked. Desktop programs built on a browser send an Origin of their own
 (such as vscode-webview://...) and need `cors_origin`.
 """
 
@@ -25,6 +26,9 @@ OPEN_PATHS = frozenset({"/health"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON_TYPE = re.compile(r"application/(?:[a-z0-9.+-]+\+)?json(?:\s*;.*)?", re.IGNORECASE)
 _DIGITS = re.compile(r"[0-9]{1,20}")
+_FORM_TYPE = re.compile(r"multipart/form-data\s*;.*", re.IGNORECASE)
+_UPLOADS = frozenset({("POST", "/v1/files")})
+_FORM_BYTES = 1 << 18  # what a form may have around its file
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 
@@ -126,8 +130,14 @@ class KeyCheck:
         return None if self._keys.accept(key.strip()) else "The API key is not one of this server's."
 
 
+def _is_upload(scope: Scope) -> bool:
+    return (scope["method"], scope["path"]) in _UPLOADS
+
+
 class JsonOnly:
     """Refuses bodies of another content type than JSON with 415. A body without one is taken for JSON.
+
+    Uploads must be forms instead.
 
     So is one that `curl -d` calls a form, unless a browser sent it: a web page could post a form without asking first.
     """
@@ -138,7 +148,16 @@ class JsonOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] in _BODY_METHODS and _has_body(scope):
             types = _values(scope, b"content-type")
-            if not types or (types == ["application/x-www-form-urlencoded"] and not _from_browser(scope)):
+            if _is_upload(scope):
+                if len(types) != 1 or not _FORM_TYPE.fullmatch(types[0].strip()):
+                    text = "The body must be a form, sent with 'Content-Type: multipart/form-data; boundary=...'."
+                    await refuse(415, text, "unsupported_media_type")(scope, receive, send)
+                    return
+                if _from_browser(scope) and not _values(scope, b"origin"):
+                    text = "A browser's upload must have an Origin header."
+                    await refuse(403, text, "origin_not_allowed")(scope, receive, send)
+                    return
+            elif not types or (types == ["application/x-www-form-urlencoded"] and not _from_browser(scope)):
                 # Some versions of FastAPI would not parse it otherwise.
                 others = [header for header in scope["headers"] if header[0] != b"content-type"]
                 scope["headers"] = [*others, (b"content-type", b"application/json")]
@@ -159,21 +178,24 @@ def _has_body(scope: Scope) -> bool:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `limit_bytes` with 413: at once if Content-Length says so, else as soon as that
-    many have come. The rest is read and dropped by the server, so the client gets to see the answer."""
+    """Refuses bodies of more than `limit_bytes` with 413, uploads of more than `upload_bytes`: at once if
+    Content-Length says so, else as soon as that many have come. The rest is read and dropped by the server, so the
+    client gets to see the answer."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, upload_bytes: int) -> None:
         self._app = app
         self._limit_bytes = limit_bytes
+        self._upload_bytes = upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        text = f"The request body is larger than this server takes ({self._limit_bytes} bytes)."
+        limit_bytes = self._upload_bytes if _is_upload(scope) else self._limit_bytes
+        text = f"The request body is larger than this server takes ({limit_bytes} bytes)."
         refusal = refuse(413, text, "request_too_large")
         length = _values(scope, b"content-length")
-        if length and _DIGITS.fullmatch(length[0].strip()) and int(length[0]) > self._limit_bytes:
+        if length and _DIGITS.fullmatch(length[0].strip()) and int(length[0]) > limit_bytes:
             await refusal(scope, receive, send)
             return
         count, started, refused = 0, False, False
@@ -182,7 +204,7 @@ class BodyLimit:
             nonlocal count, refused
             message = await receive()
             count += len(message.get("body", b""))
-            if count > self._limit_bytes and not started:
+            if count > limit_bytes and not started:
                 if not refused:
                     refused = True
                     await refusal(scope, receive, send)
@@ -215,7 +237,7 @@ def wrap(app: ASGIApp, settings: Settings) -> ASGIApp:
 
     Raises ConfigError if the key file is faulty.
     """
-    inner: ASGIApp = JsonOnly(BodyLimit(app, settings.max_body_bytes))
+    inner: ASGIApp = JsonOnly(BodyLimit(app, settings.max_body_bytes, settings.max_file_bytes + _FORM_BYTES))
     if settings.api_key_file is not None:
         inner = KeyCheck(inner, load_api_keys(settings.api_key_file))
     inner = OriginCheck(inner, settings.cors_origin)

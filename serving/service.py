@@ -32,6 +32,7 @@ from edgellm.errors import (
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import ModelStore, StoredModel
 from serving.metrics import Metrics, ModelSnapshot
+from serving.tuning import Tuning
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Service:
         self.settings = settings
         self.engine = Engine()
         self.store = store or ModelStore()
+        self.tuning = Tuning(self.store.home)
         self._bridge: EventLoopBridge | None = None
         self._templates: dict[tuple[str, str], ChatTemplate] = {}
         self._loads: dict[str, _Load] = {}
@@ -121,6 +123,7 @@ class Service:
         for template in self._templates.values():
             template.close()
         self._templates.clear()
+        self.tuning.close()
 
     def bridge(self) -> EventLoopBridge:
         """The engine's way into the running event loop."""

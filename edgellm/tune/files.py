@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, Self
 
-from edgellm.errors import RequestError, StorageError, StoredFileNotFoundError
+from edgellm.errors import FileTooLargeError, StorageError, StoredFileNotFoundError
 from edgellm.models.files import publish
 from edgellm.tune.database import Database
 from edgellm.tune.pages import Order, Page, new_id, read_page
@@ -148,10 +148,10 @@ class FileWriter:
         self.path.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
-        """Raises RequestError when there is more than the limit, StorageError."""
+        """Raises FileTooLargeError when there is more than the limit, StorageError."""
         self.bytes += len(data)
         if self.bytes > self._limit_bytes:
-            raise RequestError(f"The file is larger than this server takes ({self._limit_bytes} bytes)", "file")
+            raise FileTooLargeError(f"The file is larger than this server takes ({self._limit_bytes} bytes)", "file")
         self._digest.update(data)
         with _told("be written"):
             self._file.write(data)

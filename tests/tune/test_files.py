@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.errors import RequestError, StorageError, StoredFileNotFoundError
+from edgellm.errors import FileTooLargeError, RequestError, StorageError, StoredFileNotFoundError
 from edgellm.tune.database import Database
 from edgellm.tune.files import FileStore
 from edgellm.tune.jobs import JobStore
@@ -95,7 +95,7 @@ def test_too_much_or_an_error_leaves_nothing(files: FileStore, tmp_path: Path) -
                 writer.write(piece)
             raise ZeroDivisionError
 
-    with pytest.raises(RequestError, match="larger than"):
+    with pytest.raises(FileTooLargeError, match="larger than"):
         write(b"123", b"456")
     with pytest.raises(ZeroDivisionError):
         write(b"123")
