@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -58,6 +58,7 @@ def parse_example(line: bytes, method: Method) -> Example:
     if "preferred_output" in data or "non_preferred_output" in data:
         _wrong("has the format of the method 'dpo', but the method is 'supervised'")
     _only(data, _CONVERSATION, "")
+    _flag(data, "parallel_tool_calls", "")
     messages, trained = _messages(data.get("messages"), "messages")
     if messages[-1]["role"] != "assistant":
         _wrong(f"messages[{len(messages) - 1}]: the last message must be the assistant's")
@@ -72,6 +73,7 @@ def _preference(data: Mapping[str, Any]) -> Preference:
     _only(data, _PAIR, "")
     given = _object(data.get("input"), "input")
     _only(given, _CONVERSATION, "input.")
+    _flag(given, "parallel_tool_calls", "input.")
     messages, _ = _messages(given.get("messages"), "input.messages")
     if messages[-1]["role"] == "assistant":
         _wrong("input.messages: the last message must not be the assistant's; the outputs are its answers")
@@ -236,8 +238,7 @@ def _tools(data: Any, where: str) -> tuple[Message, ...]:
             _string(function["description"], f"{at}.function.description", empty=True)
         if function.get("parameters") is not None:
             _object(function["parameters"], f"{at}.function.parameters")
-        if function.get("strict") is not None and not isinstance(function["strict"], bool):
-            _wrong(f"{at}.function.strict: must be true or false")
+        _flag(function, "strict", f"{at}.function.")
         kept = {key: function[key] for key in ("name", "description", "parameters", "strict") if key in function}
         tools.append({"type": "function", "function": kept})
     return tuple(tools)
@@ -255,7 +256,12 @@ def _string(data: Any, where: str, *, empty: bool = False) -> str:
     return data
 
 
-def _only(data: Mapping[str, Any], known: Sequence[str] | frozenset[str], prefix: str) -> None:
+def _flag(data: Mapping[str, Any], key: str, prefix: str) -> None:
+    if data.get(key) is not None and not isinstance(data[key], bool):
+        _wrong(f"{prefix}{key}: must be true or false")
+
+
+def _only(data: Mapping[str, Any], known: frozenset[str], prefix: str) -> None:
     unknown = next((key for key in data if key not in known), None)
     if unknown is not None:
         _wrong(f"{prefix}{unknown[:60]}: is not known here")

@@ -116,7 +116,7 @@ class JobStore:
         )
 
     def recover(self) -> tuple[Job, ...]:
-        """Queue every job that was running when its process ended; call it where no trainer can be alive."""
+        """Queue every job that was running when its process ended; for who has Ownership, before it runs any."""
         with self._database.transaction() as connection:
             query = "SELECT * FROM jobs WHERE status = ? ORDER BY seq"
             rows = connection.execute(query, (JobStatus.RUNNING,)).fetchall()

@@ -79,6 +79,7 @@ def said(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
             "messages[1].tool_calls[0].function.arguments: must be a JSON object as text",
         ),
         (said(USER, {"role": "tool", "tool_call_id": "c2", "content": "4"}, ASSISTANT), "no tool call before it"),
+        (said(USER, ASSISTANT, parallel_tool_calls=1), "parallel_tool_calls: must be true or false"),
         (said(USER, ASSISTANT, tools={}), "tools: must be a list"),
         (said(USER, ASSISTANT, tools=[{"name": "f"}]), "tools[0].name: is not known here"),
         (said(USER, ASSISTANT, tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name"),
