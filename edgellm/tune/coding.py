@@ -5,8 +5,8 @@ Where the tokens of the first begin those of the whole, what follows, through th
 answer; the line break that many templates put behind that token is not, for no model is ever asked to write it.
 
 Some templates write an earlier turn in another way once others follow it (Qwen 3 drops its reasoning). The model never
-wrote such a turn as it then stands, so it is left as context and only the last answer, which stands as it would be
-written, is learnt. An example whose last answer cannot be told apart, or need not be learnt, is refused.
+writes such a turn as it then stands, so it is left as context, and only the answers that stand as they would be written
+are learnt: with such templates the last. An example in which none does is refused.
 
 Not covered: text in an example that spells a control token is read as one, as in any request to the server.
 """
@@ -121,16 +121,13 @@ class _Encoding:
         self._tokens = coder.tokenize(self._text)
 
     def sequence(self) -> TrainingSequence:
-        last = len(self._of.messages) - 1
         prompts = {index: self._render(index, prompt=True) for index in self._of.trained}
         sound = [index for index in self._of.trained if self._stands(index, prompts[index])]
-        if len(sound) < len(self._of.trained):
-            if last not in sound:
-                raise ExampleError(
-                    "the model's chat template writes its answers differently from how the model would write them, "
-                    "so they cannot be told apart"
-                )
-            sound = [last]
+        if not sound:
+            raise ExampleError(
+                "the model's chat template writes its answers differently from how the model would write them, "
+                "so they cannot be told apart"
+            )
         self._split({len(prompts[index]) for index in sound if not self._begins(prompts[index])})
         mask = np.zeros(len(self._tokens) + 1, np.bool_)
         for index in sound:

@@ -40,7 +40,7 @@ class Told:
     notices: tuple[Notice, ...]  # the first 100
     cut: int
     left_out: int
-    rewritten: int  # examples of which only the last answer is learnt
+    rewritten: int  # examples with answers that are not learnt, for the template rewrites them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +148,8 @@ class _Building:
     def _add_conversation(self, line: int, sequence: TrainingSequence) -> None:
         if sequence.untrained:
             self._rewritten += 1
-            self._tell(line, "only the last answer is learnt: the model's chat template rewrites earlier ones")
+            count = sequence.untrained
+            self._tell(line, f"answers not learnt: {count}; the model's chat template rewrites them when others follow")
         size, most = len(sequence.tokens), self._row_tokens
         if size > most:
             sequence = sequence.cut(most)

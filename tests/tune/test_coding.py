@@ -12,15 +12,10 @@ from edgellm.models.bundled import bundled_path
 from edgellm.tune.coding import ModelCoder, encode
 from edgellm.tune.examples import Conversation
 from edgellm.tune.faults import ExampleError
-from tests.tune.conftest import QWEN, MakeCoder
+from tests.tune.conftest import QWEN, QWEN3_LIKE, MakeCoder
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"q": "x"}'}}
-QWEN3_LIKE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -90,7 +85,7 @@ def test_an_answer_that_would_merge_with_its_prompt_is_tokenised_apart(smol: Mod
     assert spans(smol, found.mask, found.tokens) == [f"{answer}<|im_end|>", "Quite.<|im_end|>"]
 
 
-def test_of_a_template_that_rewrites_earlier_turns_the_last_answer_is_learnt(make_coder: MakeCoder) -> None:
+def test_of_a_template_that_rewrites_earlier_turns_what_stands_is_learnt(make_coder: MakeCoder) -> None:
     coder = make_coder(bundled_path(), QWEN3_LIKE)
     messages = (user("One?"), assistant("1"), user("Two?"), assistant("2"))
     found = encode(conversation(*messages), coder)
@@ -98,6 +93,10 @@ def test_of_a_template_that_rewrites_earlier_turns_the_last_answer_is_learnt(mak
     assert found.untrained == 1
     with pytest.raises(ExampleError, match="cannot be told apart"):
         encode(conversation(*messages, trained=(1,)), coder)
+    coder = make_coder(bundled_path(), QWEN3_LIKE.replace("loop.last", "loop.last and 'x' in m.content"))
+    found = encode(conversation(*messages, user("Three?"), assistant("x"), user("Four?"), assistant("4")), coder)
+    assert spans(coder, found.mask, found.tokens) == ["1<|im_end|>", "2<|im_end|>", "4<|im_end|>"]
+    assert found.untrained == 1
 
 
 def test_a_generation_prompt_that_the_conversation_lacks_is_refused(make_coder: MakeCoder) -> None:

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.errors import TrainingDataError
+from edgellm.models.bundled import bundled_path
 from edgellm.tune import data
 from edgellm.tune.coding import ModelCoder
 from edgellm.tune.data import check_file, load_file
 from edgellm.tune.examples import Method, parse_example
 from edgellm.tune.faults import FAULTS_MAX, ExampleError
+from tests.tune.conftest import QWEN3_LIKE, MakeCoder
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 GOOD = {"messages": [USER, ASSISTANT]}
@@ -173,6 +175,16 @@ def test_whatever_bytes_come_are_refused_in_words(line: bytes) -> None:
 
 
 class TestLoading:
+    def test_answers_that_the_template_rewrites_are_told(
+        self, tmp_path: Path, make_coder: MakeCoder, smol: ModelCoder
+    ) -> None:
+        turns = said(USER, ASSISTANT, USER, ASSISTANT)
+        path = written(tmp_path / "train.jsonl", *[GOOD] * 9, turns)
+        found = load_file(path, "supervised", make_coder(bundled_path(), QWEN3_LIKE), 64)
+        assert found.told.rewritten == 1
+        assert [notice.line for notice in found.told.notices] == [10]
+        assert load_file(path, "supervised", smol, 64).told.rewritten == 0
+
     def test_long_examples_are_cut_or_left_out(self, tmp_path: Path, smol: ModelCoder) -> None:
         long_answer = said(USER, {**ASSISTANT, "content": "word " * 100})
         long_question = said({**USER, "content": "word " * 100}, ASSISTANT)
