@@ -47,11 +47,14 @@ def vocabulary() -> tuple[list[str], list[str]]:
 class Writer:
     """A GGUFWriter that draws its tensors from one seeded generator and packs the matrices as `weights`."""
 
-    def __init__(self, path: Path | str, architecture: str, seed: int, weights: str = "f32") -> None:
+    def __init__(
+        self, path: Path | str, architecture: str, seed: int, weights: str = "f32", norm_spread: float = 0.0
+    ) -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
         self.out = gguf.GGUFWriter(str(path), architecture)
         self._random = np.random.default_rng(seed)
+        self._norm_spread = norm_spread
         self._type = gguf.GGMLQuantizationType[weights.upper()]
 
     def matrix(self, name: str, *shape: int, scale: float = 1.0) -> None:
@@ -71,8 +74,11 @@ class Writer:
         self.plain(name, self._random.uniform(-scale, scale, shape).astype(np.float32))
 
     def norm(self, name: str, width: int) -> None:
-        """The weight of a norm that leaves what it has normalised as it is."""
-        self.plain(f"{name}.weight", np.ones(width, np.float32))
+        """The weight of a norm that leaves what it has normalised as it is, give or take `norm_spread`."""
+        weight = np.ones(width, np.float32)
+        if self._norm_spread:
+            weight += self._random.uniform(-self._norm_spread, self._norm_spread, width).astype(np.float32)
+        self.plain(f"{name}.weight", weight)
 
     def close(self) -> None:
         self.out.write_header_to_file()

@@ -11,8 +11,15 @@ import gguf
 _STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
 
 
-def rewrite(source: Path, target: Path, *, values: Mapping[str, int] | None = None, separate: bool = False) -> Path:
-    """A copy of `source` with other whole numbers as `values` of its metadata.
+def rewrite(
+    source: Path,
+    target: Path,
+    *,
+    values: Mapping[str, int] | None = None,
+    separate: bool = False,
+    more: Mapping[str, int] | None = None,
+) -> Path:
+    """A copy of `source` with other whole numbers as `values` of its metadata, and `more` of them.
 
     `separate`: every expert is a tensor of its own, as in files of 2023. The tensors are then plain floats.
     """
@@ -24,6 +31,8 @@ def rewrite(source: Path, target: Path, *, values: Mapping[str, int] | None = No
         kind = field.types[0]
         sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         out.add_key_value(field.name, (values or {}).get(field.name, field.contents()), kind, sub)
+    for name, value in (more or {}).items():
+        out.add_uint32(name, value)
     for tensor in reader.tensors:
         if separate and (match := _STACKED.fullmatch(tensor.name)):
             for expert, matrix in enumerate(tensor.data):

@@ -14,6 +14,9 @@ import numpy as np
 
 from tests.support.gguf_writer import CHATML, Weights, Writer, add_bpe, add_general
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3")
+GEMMA_WINDOW = 16
+
 
 def write_tiny_llama(
     path: Path | str,
@@ -30,17 +33,21 @@ def write_tiny_llama(
     weights: str = "f32",
     experts: int = 0,
     experts_used: int = 2,
+    tied: bool = False,
+    norm_spread: float = 0.0,
 ) -> Path:
-    """A decoder of architecture llama, qwen2 or qwen3moe. `experts` > 0 makes a mixture (llama: Mixtral's shape).
+    """A decoder of one of ARCHITECTURES. `experts` > 0 makes a mixture (llama: Mixtral's shape).
 
     `weights` is "f32" or "q8_0" (then `width` must be a multiple of 32). `vocab` None is the smallest vocabulary.
+    `tied`: there is no output matrix, the embedding serves. Norms weigh 1, give or take `norm_spread`.
     """
-    if architecture not in {"llama", "qwen2", "qwen3moe"}:
+    if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}")
     if (architecture == "qwen3moe") != (experts > 0) and architecture != "llama":
-        raise ValueError("qwen3moe needs experts, qwen2 has none")
-    file = Writer(path, architecture, seed, weights)
-    out, hidden, head = file.out, 2 * width, width // heads
+        raise ValueError("qwen3moe needs experts, the others have none")
+    file = Writer(path, architecture, seed, weights, norm_spread)
+    wide = architecture in {"qwen3", "gemma3"}
+    out, hidden, head = file.out, 2 * width, width // heads * (2 if wide else 1)
     add_general(out, f"Tiny {architecture}", weights)
     out.add_block_count(layers)
     out.add_context_length(context)
@@ -51,6 +58,11 @@ def write_tiny_llama(
     out.add_layer_norm_rms_eps(1e-5)
     out.add_rope_dimension_count(head)
     out.add_rope_freq_base(10_000.0)
+    if wide:
+        out.add_key_length(head)
+        out.add_value_length(head)
+    if architecture == "gemma3":
+        out.add_sliding_window(GEMMA_WINDOW)
     if experts:
         out.add_expert_count(experts)
         out.add_expert_used_count(experts_used)
@@ -59,8 +71,11 @@ def write_tiny_llama(
     tokens = add_bpe(out, vocab, chat_template)
     out.add_vocab_size(tokens)
     file.matrix("token_embd.weight", tokens, width, scale=width**0.5)
-    file.matrix("output.weight", tokens, width, scale=3.0)  # logits of standard deviation 3: neither flat nor frozen
-    file.plain("output_norm.weight", np.ones(width, np.float32))
+    if not tied:
+        file.matrix(
+            "output.weight", tokens, width, scale=3.0
+        )  # logits of standard deviation 3: neither flat nor frozen
+    file.norm("output_norm", width)
     for layer in range(layers):
         _add_attention(file, f"blk.{layer}", architecture, width, head, heads, kv_heads)
         _add_feed_forward(file, f"blk.{layer}", width, hidden, experts)
@@ -71,19 +86,22 @@ def write_tiny_llama(
 def _add_attention(
     file: Writer, block: str, architecture: str, width: int, head: int, heads: int, kv_heads: int
 ) -> None:
-    file.plain(f"{block}.attn_norm.weight", np.ones(width, np.float32))
+    file.norm(f"{block}.attn_norm", width)
     for part, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
         file.matrix(f"{block}.attn_{part}.weight", rows, width)
         if architecture == "qwen2":
             file.uniform(f"{block}.attn_{part}.bias", rows)
     file.matrix(f"{block}.attn_output.weight", width, heads * head)
-    if architecture == "qwen3moe":
+    if architecture in {"qwen3", "qwen3moe", "gemma3"}:
         for part in ("q", "k"):
-            file.plain(f"{block}.attn_{part}_norm.weight", np.ones(head, np.float32))
+            file.norm(f"{block}.attn_{part}_norm", head)
+    if architecture == "gemma3":
+        file.norm(f"{block}.post_attention_norm", width)
+        file.norm(f"{block}.post_ffw_norm", width)
 
 
 def _add_feed_forward(file: Writer, block: str, width: int, hidden: int, experts: int) -> None:
-    file.plain(f"{block}.ffn_norm.weight", np.ones(width, np.float32))
+    file.norm(f"{block}.ffn_norm", width)
     stack, suffix = ((experts,), "_exps") if experts else ((), "")
     if experts:
         file.uniform(f"{block}.ffn_gate_inp.weight", experts, width, scale=1.0)
