@@ -1,1 +1,1 @@
-"""On-device fine-tuning: data sets, jobs and uploaded files. Nothing in here needs torch but the trainer."""
+"""Fine-tuning of sparse LoRA adapters on the device: data, jobs, and the trainer, whose modules need torch."""

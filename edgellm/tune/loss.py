@@ -1,0 +1,84 @@
+"""Cross-entropy over a large vocabulary without the matrix of all logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgellm.tune.weights import Matrix
+
+LOGITS_BYTES = 96 << 20
+"""About what the logits of one chunk of tokens may take."""
+
+_BLOCK_ROWS = 8192  # of the output matrix, expanded at a time
+
+
+class TokenLosses(NamedTuple):
+    """One number for each row."""
+
+    losses: Tensor  # (tokens,), float32, differentiable
+    correct: Tensor  # (tokens,), bool: the likeliest token is the target
+
+
+def token_losses(hidden: Tensor, head: Matrix, targets: Tensor, *, logits_bytes: int = LOGITS_BYTES) -> TokenLosses:
+    """-log softmax(hidden @ head.T)[target] of each row.
+
+    hidden: (tokens, width), float32 or bfloat16, only rows whose token is part of an answer; targets: (tokens,), int64.
+    Tokens go in chunks, the output matrix in blocks of rows. Each row's gradient is made in the same pass, as long as
+    its logits are there, and kept instead of them, (tokens, width): a loss depends on its own row alone, so backward
+    only scales it. Nothing of it is done where hidden has no graph.
+    """
+    losses, correct = _Losses.apply(
+        hidden, head, targets, logits_bytes, torch.is_grad_enabled() and hidden.requires_grad
+    )
+    return TokenLosses(losses, correct)
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Matrix, targets: Tensor, logits_bytes: int, wanted: bool
+    ) -> tuple[Tensor, Tensor]:
+        chunk = max(1, logits_bytes // (head.rows * hidden.element_size()))
+        gradient = torch.empty_like(hidden) if wanted else None
+        losses, correct = torch.empty(len(hidden)), torch.empty(len(hidden), dtype=torch.bool)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits, totals = _logits(hidden[part], head)
+            aims = targets[part, None]
+            losses[part] = totals - logits.gather(1, aims)[:, 0].float()
+            correct[part] = logits.argmax(1) == aims[:, 0]
+            if gradient is not None:
+                gradient[part] = _gradient(logits, totals, aims, head)
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(gradient)
+        return losses, correct
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (kept,) = ctx.saved_tensors
+        return (kept * gradient[:, None]).to(kept.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, head: Matrix) -> tuple[Tensor, Tensor]:
+    """The logits of a chunk, (tokens, vocabulary), in hidden's type, and the logarithms of their sums, (tokens,)."""
+    logits = hidden.new_empty(len(hidden), head.rows)
+    totals = torch.full((len(hidden),), -torch.inf)
+    for start in range(0, head.rows, _BLOCK_ROWS):
+        block = hidden @ head.expand(hidden.dtype, start, start + _BLOCK_ROWS).T
+        logits[:, start : start + _BLOCK_ROWS] = block
+        totals = torch.logaddexp(totals, block.float().logsumexp(1))
+    return logits, totals
+
+
+def _gradient(logits: Tensor, totals: Tensor, aims: Tensor, head: Matrix) -> Tensor:
+    """(softmax - one-hot) @ head, (tokens, width)."""
+    result = torch.zeros(len(logits), head.columns)
+    for start in range(0, head.rows, _BLOCK_ROWS):
+        block = logits[:, start : start + _BLOCK_ROWS].float().sub_(totals[:, None]).exp_()
+        here = (aims >= start) & (aims < start + block.shape[1])
+        block.scatter_add_(1, (aims - start).clamp(0, block.shape[1] - 1), -here.float())
+        result += block.to(logits.dtype) @ head.expand(logits.dtype, start, start + _BLOCK_ROWS)
+    return result
