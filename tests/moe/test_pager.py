@@ -108,14 +108,14 @@ def _misshapen(layout: ExpertLayout) -> tuple[Router, ...]:
 @pytest.mark.parametrize(
     ("routers", "why"), [(_unreadable, "the disk has a fault"), (_misshapen, "a router has another shape")]
 )
-def test_without_routers_nothing_is_foreseen(
+def test_routers_that_cannot_be_used_cost_no_load(
     routers: object, why: str, layout: ExpertLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     expected = run(load_paged(layout, layout.least_bytes, tmp_path))
     monkeypatch.setattr(pager, "read_routers", routers)
     model = load_paged(layout, layout.least_bytes, tmp_path)
-    assert f"moe.gguf: no experts are read ahead: its routers cannot be used: {why}" in caplog.text
+    assert f"moe.gguf: its routers cannot be used, experts are foreseen by those that went before: {why}" in caplog.text
     assert np.array_equal(run(model), expected)
 
 

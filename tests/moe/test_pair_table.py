@@ -162,7 +162,10 @@ def test_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = random.Random(0).randbytes(state_bytes(3, 5))
     path = tmp_path / "model" / "pairs.bin"
     assert read_table(path, 3, 5) is None
+    write_table(path, 3, 5, state)  # the folder was removed with the copy of a model's earlier state
+    assert not path.parent.exists()
     assert not caplog.records
+    path.parent.mkdir()
     write_table(path, 3, 5, state)
     assert read_table(path, 3, 5) == state
     assert [file.name for file in path.parent.iterdir()] == ["pairs.bin"]
