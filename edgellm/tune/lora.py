@@ -12,6 +12,9 @@ from torch import Tensor
 from edgellm.errors import ConfigError
 from edgellm.tune.architecture import TARGETS, Architecture, matrix_shape
 
+RANK, ALPHA = 16, 32.0
+"""Of an adapter, if nothing else is asked for."""
+
 
 @dataclass(frozen=True, order=True, slots=True)
 class Site:
@@ -30,8 +33,8 @@ class Site:
 class LoraConfig:
     """Raises ConfigError for numbers that make no adapter."""
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int = RANK
+    alpha: float = ALPHA
     rank_stabilised: bool = False  # divide by the root of the rank, not by the rank
 
     def __post_init__(self) -> None:

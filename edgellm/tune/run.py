@@ -22,7 +22,7 @@ from edgellm.tune.coding import ModelCoder
 from edgellm.tune.data import TrainingSet, load_file
 from edgellm.tune.decoder import Decoder
 from edgellm.tune.export import export_adapter
-from edgellm.tune.lora import Lora, LoraConfig, Site
+from edgellm.tune.lora import ALPHA, RANK, Lora, LoraConfig, Site
 from edgellm.tune.packing import PackedRows, pack
 from edgellm.tune.trainer import PrefixCache, StepMetrics, Trainer, TrainingPlan
 from edgellm.tune.weights import BaseWeights, compute_type
@@ -44,8 +44,8 @@ class RunSpec:
     learning_rate: float = 5e-4
     layers: int | None = None  # the topmost so many are trained; None: a quarter, and at least two
     targets: tuple[str, ...] = TARGETS
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int = RANK
+    alpha: float = ALPHA
     seed: int = 0
     threads: int = 1
 
@@ -136,15 +136,14 @@ def _cache(rows: PackedRows, decoder: Decoder, lora: Lora) -> Iterator[PrefixCac
         return
     with tempfile.TemporaryDirectory(prefix="edgellm-tune-") as folder:
         shape = (len(rows.tokens), rows.tokens.shape[1], decoder.shape.width)
-        try:
+        cache = None
+        with contextlib.suppress(OSError):  # no room: each epoch computes it again
             cache = PrefixCache(Path(folder) / "prefix.bin", *shape, torch.bfloat16)
-        except OSError:  # no room: each epoch computes it again
-            yield None
-            return
         try:
             yield cache
         finally:
-            cache.close()
+            if cache is not None:
+                cache.close()
 
 
 def _validate(trainer: Trainer, rows: PackedRows | None, report: Report) -> None:

@@ -7,6 +7,7 @@ takes, is kept on disk after the first epoch (`PrefixCache`), so that later epoc
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,9 @@ _WARMUP_SHARE = 0.05  # of the steps
 class TrainingPlan:
     """How long and how fast. Raises ConfigError for numbers that make no training."""
 
-    epochs: int = 3
-    rows_per_step: int = 1
-    learning_rate: float = 2e-4  # at its height; it rises over the first steps and falls to a tenth by a cosine
+    epochs: int
+    rows_per_step: int
+    learning_rate: float  # at its height; it rises over the first steps and falls to a tenth by a cosine
     weight_decay: float = 0.0
     seed: int = 0
 
@@ -61,15 +62,16 @@ class PrefixCache:
     """
 
     def __init__(self, path: Path | None, rows: int, row_tokens: int, width: int, dtype: torch.dtype) -> None:
-        """Raises OSError."""
+        """Raises OSError, also where there is no room for all of it: a disk that fills later would end the process."""
         self._there = np.zeros(rows, bool)
         self._dtype = dtype
         self._path = path
         self._data: np.memmap[tuple[int, int, int], np.dtype[np.int16]] | None = None
         if path is not None:
-            path.touch(mode=0o600, exist_ok=False)
-            parts = 2 if dtype == torch.float32 else 1  # of 16 bits
-            self._data = np.memmap(path, np.int16, "r+", shape=(rows, row_tokens, width * parts))
+            shape = (rows, row_tokens, width * (2 if dtype == torch.float32 else 1))  # of 16 bits
+            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+            self._data = np.memmap(path, np.int16, "r+", shape=shape)
 
     def get(self, row: int, tokens: int) -> Tensor | None:
         """What was put, (tokens, width), float32; None if nothing was."""
@@ -77,11 +79,14 @@ class PrefixCache:
             return None
         return torch.from_numpy(np.array(self._data[row, :tokens])).view(self._dtype).float()
 
-    def put(self, row: int, stream: Tensor) -> None:
-        """`stream`: (tokens, width), float32."""
-        if self._data is not None:
-            self._data[row, : len(stream)] = stream.to(self._dtype).view(torch.int16).numpy()
-            self._there[row] = True
+    def put(self, row: int, stream: Tensor) -> Tensor:
+        """`stream`: (tokens, width), float32; and what `get` will give of it, so that all epochs see the same."""
+        if self._data is None:
+            return stream
+        kept = stream.to(self._dtype)
+        self._data[row, : len(stream)] = kept.view(torch.int16).numpy()
+        self._there[row] = True
+        return kept.float()
 
     def close(self) -> None:
         """Deletes the file. Idempotent."""
@@ -176,8 +181,7 @@ class Trainer:
         for number, (packed, places, targets) in zip(numbers, rows, strict=True):
             stream = self._cache.get(number, len(packed.tokens))
             if stream is None:
-                stream = self.decoder.prefix(packed, self.lora.lowest_layer)
-                self._cache.put(number, stream)
+                stream = self._cache.put(number, self.decoder.prefix(packed, self.lora.lowest_layer))
             if not len(targets):
                 continue
             hidden = self.decoder.normalise(self.decoder.suffix(stream, packed, self.lora)[places])

@@ -31,7 +31,11 @@ _FORM = {
                     "type": "object",
                     "required": ["file", "purpose"],
                     "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "JSONL, at most 512 MiB."},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSONL, at most --max-file bytes.",
+                        },
                         "purpose": {"type": "string", "enum": [_PURPOSE]},
                     },
                 }

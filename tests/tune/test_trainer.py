@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,29 @@ def test_the_cache_of_the_prefix_changes_nothing(decoder: Decoder, tmp_path: Pat
     assert not path.exists()
 
 
+def test_all_epochs_see_what_the_cache_keeps(decoder: Decoder, tmp_path: Path) -> None:
+    """A cache of half the bits rounds; the first epoch must not compute with more than the later ones."""
+    rows = some_rows()
+    shape = (len(rows.tokens), ROW, decoder.shape.width, torch.bfloat16)
+    cache = PrefixCache(tmp_path / "prefix.bin", *shape)
+    stream = decoder.prefix(row_of(rows, 0)[0], 1)
+    put = cache.put(0, stream)
+    found = cache.get(0, len(stream))
+    assert found is not None
+    assert torch.equal(put, found)
+    assert not torch.equal(put, stream)
+    cache.close()
+
+
+def test_a_disk_without_room_for_the_cache_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        PrefixCache(tmp_path / "prefix.bin", 4, ROW, 64, torch.float32)
+
+
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(decoder: Decoder, tmp_path: Path) -> None:
     whole = a_trainer(decoder)
     list(whole.steps())
@@ -110,7 +134,7 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(decoder: Decoder,
         assert np.array_equal(mine, other)
     other_sites = Lora(decoder.shape, [Site(0, "attn_k")], LoraConfig(rank=8))
     with pytest.raises(ConfigError, match="another adapter"):
-        Trainer(decoder, other_sites, some_rows(), TrainingPlan()).restore(first.state())
+        Trainer(decoder, other_sites, some_rows(), TrainingPlan(1, 1, 1e-3)).restore(first.state())
 
 
 @pytest.mark.parametrize(
@@ -118,4 +142,4 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(decoder: Decoder,
 )
 def test_plans_that_are_none(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        TrainingPlan(**bad)  # type: ignore[arg-type]
+        TrainingPlan(**{"epochs": 1, "rows_per_step": 1, "learning_rate": 1e-3, **bad})  # type: ignore[arg-type]
