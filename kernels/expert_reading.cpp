@@ -140,7 +140,8 @@ void ExpertStore::take(std::vector<Job> & jobs) {
     Span span = Span{}.with(*first.slice, first.expert);
     for (auto other = from.begin(); other != from.end();) {
         const bool beside = other->slice->layer == first.slice->layer && other->expert == first.expert &&
-                            other->place == first.place && other->slice->file == first.slice->file && span.with(*other->slice, other->expert).worth_one_read();
+                            other->place == first.place && other->slice->file == first.slice->file &&
+                            span.with(*other->slice, other->expert).worth_one_read();
         if (!beside) {
             ++other;
             continue;

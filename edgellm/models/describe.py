@@ -109,7 +109,7 @@ def describe(source: GGUFHeader | Path | str) -> ModelInfo:
         matrix_bytes=_bytes_by_type(tensor for tensor in tensors if len(tensor.dims) == 2),
         expert_bytes=sum(tensor.n_bytes for tensor in tensors if STACKED_EXPERTS.fullmatch(tensor.name)),
         packed=is_pack(header),
-        quantisation=_quantisation(header, headers),
+        quantisation=_quantisation(header, tensors),
         context_tokens=facts.number("context_length"),
         layers=layers,
         embedding_width=width,
@@ -192,12 +192,12 @@ def _bytes_by_type(tensors: Iterable[TensorInfo]) -> dict[str, int]:
     return held
 
 
-def _quantisation(header: GGUFHeader, headers: tuple[GGUFHeader, ...]) -> str:
+def _quantisation(header: GGUFHeader, tensors: Iterable[TensorInfo]) -> str:
     """From general.file_type; else the type that holds most of the bytes."""
     code = header.metadata.get("general.file_type")
     if isinstance(code, int) and code in FILE_TYPES:
         return FILE_TYPES[code]
-    held = _bytes_by_type(tensor for part in headers for tensor in model_tensors(part))
+    held = _bytes_by_type(tensors)
     return max(held, key=lambda name: held[name]) if held else "unknown"
 
 

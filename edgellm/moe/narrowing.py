@@ -22,7 +22,7 @@ from edgellm.moe.widths import MEASUREMENTS, Choice, Experts, Progress, Widths, 
 OFFERED_BITS = (2, 3, 4, 6)
 """Widths to choose from, where they are narrower than the tensor's own codes."""
 
-_LOG_WINDOW = 4 * WINDOW  # tokens read to learn how often each expert is used
+_USAGE_TOKENS = 4 * WINDOW  # that are read to learn how often each expert is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Bench:
             return perplexity(model, tokens, threads=self.threads)
 
     def usage(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
-        """(layers, experts): how many of (tokens,) each expert is used for."""
+        """(layers, experts): how many of the first 2,048 of (tokens,) each expert is used for."""
+        tokens = tokens[:_USAGE_TOKENS]
         counts = np.zeros((self.layout.layers, self.layout.experts))
         with contextlib.closing(load_paged(self.layout, self.budget_bytes, self.home)) as model:
             store = model.experts
@@ -64,6 +65,7 @@ class Bench:
 def choose(
     bench: Bench,
     tokens: Sequence[int],
+    usage: npt.NDArray[np.float64],
     *,
     loss_target: float,
     measurements: int = MEASUREMENTS,
@@ -71,12 +73,12 @@ def choose(
 ) -> Choice:
     """Widths with which the perplexity on (tokens,) is at most `loss_target` (0.02: 2 %) above the model's own.
 
-    Raises ConfigError if there are too few tokens or measurements, ModelUnsupportedError if no expert's type can be
-    narrowed, ExpertReadError, and what `load_paged` raises.
+    `usage` is what `Bench.usage` gave for them. Raises ConfigError if there are too few tokens or measurements,
+    ModelUnsupportedError if no expert's type can be narrowed, ExpertReadError, and what `load_paged` raises.
     """
     if len(tokens) < WINDOW:
         raise ConfigError(f"the text has {len(tokens)} tokens, fewer than one window of {WINDOW}")
-    experts = _experts(bench, tokens)
+    experts = _experts(bench.layout, usage)
 
     def measure(widths: Widths) -> float:
         return bench.perplexity(tokens, widths).value
@@ -84,8 +86,7 @@ def choose(
     return choose_widths(experts, measure, loss_target=loss_target, measurements=measurements, progress=progress)
 
 
-def _experts(bench: Bench, tokens: Sequence[int]) -> Experts:
-    layout = bench.layout
+def _experts(layout: ExpertLayout, usage: npt.NDArray[np.float64]) -> Experts:
     bits = tuple(bits for bits in OFFERED_BITS if any(can_narrow(piece.type, bits) for piece in layout.slices))
     if not bits:
         types = ", ".join(sorted({piece.type_name for piece in layout.slices}))
@@ -96,7 +97,7 @@ def _experts(bench: Bench, tokens: Sequence[int]) -> Experts:
         full_bytes=tuple(sum(piece.n_bytes for piece in layer) for layer in pieces),
         narrow_bytes=tuple(tuple(sum(_size(piece, width) for piece in layer) for width in bits) for layer in pieces),
         errors=_errors(layout, bits),
-        usage=bench.usage(tokens[:_LOG_WINDOW]),
+        usage=usage,
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from edgellm.backend.narrow import narrow
 from edgellm.errors import InvalidModelFileError, ModelUnsupportedError, PackError
@@ -33,6 +32,7 @@ from edgellm.models.packs import (
 )
 from edgellm.models.split import split_headers
 from edgellm.moe.records import Records, lay_out_records
+from edgellm.moe.widths import Widths
 
 Progress = Callable[[int, int], None]  # bytes written, of so many
 
@@ -41,7 +41,6 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _CHUNK_BYTES = 8 << 20
 _SPARE_BYTES = 64 << 20  # of disk that is left free
 
-Widths = npt.NDArray[np.uint8]  # (blocks, experts)
 Place = tuple[GGUFHeader, TensorInfo]
 
 

@@ -6,9 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from edgellm.backend.experts import ExpertStats, ExpertStore
 from edgellm.backend.model import Model
 from edgellm.errors import ModelLoadError
@@ -19,8 +16,7 @@ from edgellm.moe.pricing import PrefetchPrice
 from edgellm.moe.profile import hottest, read_profile, write_profile
 from edgellm.moe.routers import read_routers, router_width
 from edgellm.moe.skeleton import skeleton_of
-
-Widths = npt.NDArray[np.uint8]
+from edgellm.moe.widths import Widths
 
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -76,7 +72,7 @@ def load_paged(
 
 
 def _set_routers(store: ExpertStore, layout: ExpertLayout) -> None:
-    """Without routers that can be used, nothing is foreseen: that is slower, and no fault of the model's."""
+    """Without routers that can be used, the table of what followed what foresees less: no fault of the model's."""
     try:
         routers = read_routers(layout)
         if (width := router_width(routers)) and layout.experts_used:

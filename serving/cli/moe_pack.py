@@ -69,9 +69,10 @@ def run_pack(request: PackRequest, *, as_json: bool) -> None:
     check_packable(found.path, target)
     facts: dict[str, Any] = {"model": found.path.name, "pack": str(target)}
     with _bars(quiet=as_json) as bars:
-        choice = None
+        choice = text = None
         if request.loss_target is not None:
-            choice = _measured(request, layout, facts, bars)
+            text = _read_text(request, layout, bars)
+            choice = _measured(request, layout, text, facts, bars)
         task = bars.add_task("writing the pack", total=None)
         size = write_pack(
             found.path,
@@ -84,26 +85,47 @@ def run_pack(request: PackRequest, *, as_json: bool) -> None:
         assert packed is not None
         facts |= {"file_bytes": describe(found.path).file_bytes, "pack_bytes": size}
         facts |= {"expert_bytes": layout.all_read_bytes, "pack_expert_bytes": packed.all_read_bytes}
-        if choice is not None and request.loss_target is not None:
-            _check(request, layout, packed, facts, bars)
+        if text is not None:
+            _check(request, layout, packed, text, facts, bars)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    for name, text in _lines(facts):
-        Console().print(f"[bold]{name:22}[/bold] {text}", highlight=False, soft_wrap=True)
+    for name, line in _lines(facts):
+        Console().print(f"[bold]{name:22}[/bold] {line}", highlight=False, soft_wrap=True)
 
 
-def _measured(request: PackRequest, layout: ExpertLayout, facts: dict[str, Any], bars: Progress) -> Choice:
-    bench = _bench(request, layout)
-    tokens = _tokens(request, bench)
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What is measured on."""
+
+    chosen_on: list[int]  # tokens
+    fresh: list[int]  # as many others, or none
+    usage: npt.NDArray[np.float64]  # (layers, experts)
+
+
+def _read_text(request: PackRequest, layout: ExpertLayout, bars: Progress) -> _Text:
     task = bars.add_task("how often each expert is used", total=None)
+    text = sample_text() if request.text is None else read_text(request.text)
+    bench = _bench(request, layout)
+    tokens = bench.tokens(text[: 2 * request.tokens * 16])
+    if len(tokens) < request.tokens:
+        raise ConfigError(f"the text has {len(tokens)} tokens, and {request.tokens} are to be read")
+    chosen_on, fresh = tokens[: request.tokens], tokens[request.tokens : 2 * request.tokens]
+    found = _Text(chosen_on, fresh if len(fresh) == request.tokens else [], bench.usage(chosen_on))
+    bars.update(task, completed=1, total=1)
+    return found
+
+
+def _measured(request: PackRequest, layout: ExpertLayout, text: _Text, facts: dict[str, Any], bars: Progress) -> Choice:
+    task = bars.add_task("measuring", total=None)
 
     def told(done: int, most: int, what: str) -> None:
         bars.update(task, completed=done, total=most, description=f"measuring {what}")
 
     choice = choose(
-        bench,
-        tokens[: request.tokens],
+        _bench(request, layout),
+        text.chosen_on,
+        text.usage,
         loss_target=request.loss_target or 0.0,
         measurements=request.measurements,
         progress=told,
@@ -118,21 +140,24 @@ def _measured(request: PackRequest, layout: ExpertLayout, facts: dict[str, Any],
 
 
 def _check(
-    request: PackRequest, layout: ExpertLayout, packed: ExpertLayout, facts: dict[str, Any], bars: Progress
+    request: PackRequest,
+    layout: ExpertLayout,
+    packed: ExpertLayout,
+    text: _Text,
+    facts: dict[str, Any],
+    bars: Progress,
 ) -> None:
     """Text that took no part in the choice, read by the model and by the pack; and what a token reads of each."""
-    bench, after = _bench(request, layout), _bench(request, packed)
-    tokens = _tokens(request, bench)
-    fresh = tokens[request.tokens : 2 * request.tokens]
-    task = bars.add_task("other text", total=3)
-    if len(fresh) == request.tokens:
-        before = bench.perplexity(fresh)
+    facts["token_bytes"], facts["pack_token_bytes"] = _token_bytes(layout, text.usage), _token_bytes(packed, text.usage)
+    if not text.fresh:
+        return
+    task = bars.add_task("other text", total=2)
+    found = []
+    for experts in (layout, packed):
+        found.append(_bench(request, experts).perplexity(text.fresh))
         bars.update(task, advance=1)
-        now = after.perplexity(fresh)
-        facts["held_out"] = {"tokens": before.scored_tokens, "perplexity": before.value, "pack_perplexity": now.value}
-    usage = bench.usage(tokens[: min(request.tokens, 2048)])
-    facts["token_bytes"], facts["pack_token_bytes"] = _token_bytes(layout, usage), _token_bytes(packed, usage)
-    bars.update(task, completed=3)
+    before, now = found
+    facts["held_out"] = {"tokens": before.scored_tokens, "perplexity": before.value, "pack_perplexity": now.value}
 
 
 def _token_bytes(layout: ExpertLayout, usage: npt.NDArray[np.float64]) -> int:
@@ -151,14 +176,6 @@ def _bench(request: PackRequest, layout: ExpertLayout) -> Bench:
         budget = int(available_memory_bytes() * _ROOM_SHARE) - (info.tensor_bytes - info.expert_bytes)
     budget = min(max(budget, layout.least_bytes), layout.whole_bytes)
     return Bench(layout, budget, home_dir(), default_threads())
-
-
-def _tokens(request: PackRequest, bench: Bench) -> list[int]:
-    text = sample_text() if request.text is None else read_text(request.text)
-    tokens = bench.tokens(text[: 2 * request.tokens * 16])
-    if len(tokens) < request.tokens:
-        raise ConfigError(f"the text has {len(tokens)} tokens, and {request.tokens} are to be read")
-    return tokens
 
 
 def _keys(choice: Choice) -> dict[str, Numbers | str]:

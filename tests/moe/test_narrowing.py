@@ -32,7 +32,7 @@ def test_a_choice_keeps_to_its_target_in_the_pack(tmp_path: Path) -> None:
     path = write_tiny_moe(tmp_path / "model.gguf", "qwen3moe", weights="q8_0", context=1024)
     bench = a_bench(path, tmp_path)
     tokens = bench.tokens(TEXT)[:512]
-    choice = choose(bench, tokens, loss_target=0.01, measurements=16)
+    choice = choose(bench, tokens, bench.usage(tokens), loss_target=0.01, measurements=16)
     assert choice.measurements <= 16
     assert choice.n_bytes < choice.full_bytes
     assert choice.perplexity <= 1.01 * choice.base_perplexity
@@ -48,6 +48,6 @@ def test_a_choice_keeps_to_its_target_in_the_pack(tmp_path: Path) -> None:
 def test_what_cannot_be_chosen(tmp_path: Path) -> None:
     bench = a_bench(write_tiny_moe(tmp_path / "model.gguf", "qwen3moe"), tmp_path)
     with pytest.raises(ModelUnsupportedError, match="type F32 cannot be narrowed"):
-        choose(bench, list(range(512)), loss_target=0.1)
+        choose(bench, list(range(512)), bench.usage(list(range(250))), loss_target=0.1)
     with pytest.raises(ConfigError, match="fewer than one window"):
-        choose(bench, [1, 2, 3], loss_target=0.1)
+        choose(bench, [1, 2, 3], bench.usage([1, 2, 3]), loss_target=0.1)
