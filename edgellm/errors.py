@@ -24,6 +24,7 @@ EdgeLLMError
 ├── PackError                      an expert pack cannot be written
 ├── InvalidTraceError              a file of routing traces (mixture of experts) is unsound
 ├── AdapterError                   a LoRA adapter is unsound or does not fit the model
+├── BaseChangedError               the base model's file is not the one that a fine-tuning run was begun with
 ├── StorageError                   the state directory cannot be read or written, or its disk is full
 ├── OverloadedError                the queue is full; try again after `retry_after_s`
 ├── ShuttingDownError              the server is on its way out
@@ -168,6 +169,10 @@ class InvalidTraceError(EdgeLLMError):
 
 class AdapterError(EdgeLLMError):
     """A LoRA adapter is unsound or does not fit the model."""
+
+
+class BaseChangedError(EdgeLLMError):
+    """The base model's file is not the one that a fine-tuning run was begun with."""
 
 
 class StorageError(EdgeLLMError):

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from edgellm.tune.lora import Lora, Site
+from edgellm.tune.lora import Lora
 from edgellm.tune.ops import gated, rms_norm, rotate
+from edgellm.tune.scheme import Site
 from edgellm.tune.weights import BaseWeights, Matrix, product
 
 Angles = tuple[Tensor, Tensor]  # cosine and sine, (tokens, 1, pairs)
@@ -42,10 +44,15 @@ def pack(sequences: Sequence[Sequence[int]]) -> Packed:
 
 
 class Decoder:
-    """A base model, frozen."""
+    """A base model, frozen.
 
-    def __init__(self, weights: BaseWeights, *, dtype: torch.dtype) -> None:
+    With `recompute`, only each layer's input is kept for backward, and its forward pass is done again there
+    (arXiv 1604.06174): a third more work for a fraction of the memory.
+    """
+
+    def __init__(self, weights: BaseWeights, *, dtype: torch.dtype, recompute: bool = False) -> None:
         self.weights = weights
+        self.recompute = recompute
         self.shape = weights.architecture
         self.dtype = dtype
         self.head: Matrix = weights.matrix("output.weight" if "output.weight" in weights else "token_embd.weight")
@@ -87,12 +94,18 @@ class Decoder:
         angles = self._angles(packed, self.shape.rope_base, self.weights.vector("rope_freqs.weight"))
         local = self._angles(packed, self.shape.local_rope_base, None) if self.shape.window_tokens else angles
         for layer in which:
-            is_local = self.shape.is_local(layer)
-            stream = self._attend(stream, layer, packed.lengths, local if is_local else angles, lora)
-            stream = self._feed_forward(stream, layer, lora)
+            turns = local if self.shape.is_local(layer) else angles
+            arguments = (stream, layer, packed.lengths, turns, lora)
+            if lora is not None and self.recompute and torch.is_grad_enabled():
+                stream = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                stream = self._layer(*arguments)
         return stream
 
     # --- a layer
+
+    def _layer(self, stream: Tensor, layer: int, lengths: Sequence[int], angles: Angles, lora: Lora | None) -> Tensor:
+        return self._feed_forward(self._attend(stream, layer, lengths, angles, lora), layer, lora)
 
     def _attend(self, stream: Tensor, layer: int, lengths: Sequence[int], angles: Angles, lora: Lora | None) -> Tensor:
         shape, count = self.shape, len(stream)

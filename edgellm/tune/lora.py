@@ -11,22 +11,10 @@ from torch import Tensor
 
 from edgellm.errors import ConfigError
 from edgellm.tune.architecture import TARGETS, Architecture, matrix_shape
+from edgellm.tune.scheme import Site
 
 RANK, ALPHA = 16, 32.0
 """Of an adapter, if nothing else is asked for."""
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Site:
-    """A matrix that is trained: `tensor` is one of TARGETS."""
-
-    layer: int
-    tensor: str
-
-    @property
-    def name(self) -> str:
-        """The matrix's name in a GGUF file."""
-        return f"blk.{self.layer}.{self.tensor}.weight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from edgellm.tune.cost import LOGITS_BYTES
 from edgellm.tune.weights import Matrix
-
-LOGITS_BYTES = 96 << 20
-"""About what the logits of one chunk of tokens may take."""
 
 _BLOCK_ROWS = 8192  # of the output matrix, expanded at a time
 

@@ -1,16 +1,15 @@
-"""Trains a LoRA adapter on packed rows: AdamW over the adapter alone, the frozen prefix computed once.
+"""Trains a LoRA adapter: AdamW over the adapter alone, the frozen prefix computed once.
 
-Layers below the adapter's lowest compute the same in every epoch. What they give, the residual stream that layer
-takes, is kept on disk after the first epoch (`PrefixCache`), so that later epochs begin there.
+A step takes `batch_size` examples, in packs of about `pack_tokens` tokens one after the other: their gradients add up,
+so memory is one pack's. Layers below the adapter's lowest compute the same in every epoch; PrefixCache keeps what they
+give.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,15 @@ import torch
 from torch import Tensor
 
 from edgellm.errors import ConfigError
-from edgellm.tune.decoder import Decoder, Packed
+from edgellm.tune.batches import Batch, Examples
+from edgellm.tune.decoder import Decoder
 from edgellm.tune.lora import Lora
-from edgellm.tune.loss import token_losses
-from edgellm.tune.packing import PackedRows
+from edgellm.tune.loss import TokenLosses, token_losses
+from edgellm.tune.objective import BETA, Score, log_likelihoods, preferences, supervised
+from edgellm.tune.prefix_cache import PrefixCache
+
+PACK_TOKENS = 1024
+"""Of a pack, if memory allows."""
 
 _CLIP = 1.0  # of the gradient's norm
 _WARMUP_SHARE = 0.05  # of the steps
@@ -32,88 +36,94 @@ class TrainingPlan:
     """How long and how fast. Raises ConfigError for numbers that make no training."""
 
     epochs: int
-    rows_per_step: int
+    batch_size: int  # examples a step
     learning_rate: float  # at its height; it rises over the first steps and falls to a tenth by a cosine
     weight_decay: float = 0.0
     seed: int = 0
+    pack_tokens: int = PACK_TOKENS
+    beta: float = BETA  # of examples that are pairs
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.rows_per_step < 1:
-            raise ConfigError("training needs at least one epoch and one row a step")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"the learning rate must be a positive number, not {self.learning_rate}")
+        if self.epochs < 1 or self.batch_size < 1 or self.pack_tokens < 1:
+            raise ConfigError("training needs at least one epoch and one example a step")
+        for value in (self.learning_rate, self.beta):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"the learning rate and beta must be positive numbers, not {value}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step `step`, from 0, of `steps`."""
+        warmup = max(1, round(_WARMUP_SHARE * steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        part = (step - warmup) / max(1, steps - warmup)
+        return self.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One step, or one look at validation rows: means over the answers' tokens."""
+    """One step, or one look at validation examples: means over the answers' tokens, or over pairs."""
 
     step: int  # from 1
     loss: float
-    accuracy: float  # the likeliest token was the right one
+    accuracy: float  # the likeliest token was the right one, or the preferred answer was preferred
     trained_tokens: int
-    learning_rate: float
+    all_tokens: int
+    learning_rate: float = 0.0
+    margin: float = 0.0  # of the rewards of pairs
 
 
-class PrefixCache:
-    """The frozen prefix's output for each row, in one file: (rows, row_tokens, width), float32 or bfloat16.
+class _Sums:
+    """Scores added up."""
 
-    It is made from the user's text: the file is private, and goes with `close`. Without a file nothing is kept.
-    """
+    def __init__(self) -> None:
+        self.loss = self.right = self.margin = 0.0
+        self.weight = self.trained = self.all = 0
 
-    def __init__(self, path: Path | None, rows: int, row_tokens: int, width: int, dtype: torch.dtype) -> None:
-        """Raises OSError, also where there is no room for all of it: a disk that fills later would end the process."""
-        self._there = np.zeros(rows, bool)
-        self._dtype = dtype
-        self._path = path
-        self._data: np.memmap[tuple[int, int, int], np.dtype[np.int16]] | None = None
-        if path is not None:
-            shape = (rows, row_tokens, width * (2 if dtype == torch.float32 else 1))  # of 16 bits
-            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
-            self._data = np.memmap(path, np.int16, "r+", shape=shape)
+    def add(self, score: Score, batch: Batch) -> None:
+        self.loss += float(score.loss.detach())
+        self.right += score.right
+        self.margin += score.margin
+        self.weight += score.weight
+        self.trained += len(batch.targets)
+        self.all += len(batch.packed.tokens)
 
-    def get(self, row: int, tokens: int) -> Tensor | None:
-        """What was put, (tokens, width), float32; None if nothing was."""
-        if self._data is None or not self._there[row]:
-            return None
-        return torch.from_numpy(np.array(self._data[row, :tokens])).view(self._dtype).float()
-
-    def put(self, row: int, stream: Tensor) -> Tensor:
-        """`stream`: (tokens, width), float32; and what `get` will give of it, so that all epochs see the same."""
-        if self._data is None:
-            return stream
-        kept = stream.to(self._dtype)
-        self._data[row, : len(stream)] = kept.view(torch.int16).numpy()
-        self._there[row] = True
-        return kept.float()
-
-    def close(self) -> None:
-        """Deletes the file. Idempotent."""
-        self._data = None
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+    def metrics(self, step: int, rate: float) -> StepMetrics:
+        of = max(1, self.weight)
+        return StepMetrics(step, self.loss / of, self.right / of, self.trained, self.all, rate, self.margin / of)
 
 
-def row_of(rows: PackedRows, number: int) -> tuple[Packed, Tensor, Tensor]:
-    """Row `number` without its padding, the places whose next token is learnt, (n,), and those tokens, (n,)."""
-    segments = rows.segments[number]
-    used = int((segments > 0).sum())
-    tokens = torch.from_numpy(rows.tokens[number, :used].astype(np.int64))
-    lengths = tuple(np.bincount(segments[:used])[1:].tolist())
-    learnt = torch.from_numpy(np.flatnonzero(rows.mask[number, :used]))
-    return Packed(tokens, lengths), learnt - 1, tokens[learnt]
+class _Part:
+    """Examples, and what is known of their sequences."""
+
+    def __init__(self, examples: Examples, first: int) -> None:
+        self.examples = examples
+        self.first = first  # the number of its first sequence in the cache
+        # log p of each answer under the base model; not a number until it is computed
+        self.references = torch.full((len(examples.sequences),), torch.nan)
 
 
 class Trainer:
     """One adapter in training. `steps` may be left and gone on with; `state` and `restore` go on after a restart."""
 
     def __init__(
-        self, decoder: Decoder, lora: Lora, rows: PackedRows, plan: TrainingPlan, *, cache: PrefixCache | None = None
+        self,
+        decoder: Decoder,
+        lora: Lora,
+        examples: Examples,
+        plan: TrainingPlan,
+        *,
+        validation: Examples | None = None,
+        cache: PrefixCache | None = None,
     ) -> None:
-        self.decoder, self.lora, self.rows, self.plan = decoder, lora, rows, plan
-        shape = (len(rows.tokens), rows.tokens.shape[1], decoder.shape.width)
-        self._cache = cache or PrefixCache(None, *shape, decoder.dtype)
+        """`cache` is for the sequences of `examples`, then those of `validation`. Raises ConfigError for examples with
+        nothing to learn."""
+        for some in (examples, *([validation] if validation else [])):
+            if not len(some) or not any(sequence.trained_tokens for sequence in some.sequences):
+                raise ConfigError("the examples have no answer to predict")
+        self.decoder, self.lora, self.plan = decoder, lora, plan
+        self._training = _Part(examples, 0)
+        self._validation = None if validation is None else _Part(validation, len(examples.sequences))
+        self._cache = cache
         self._optimiser = torch.optim.AdamW(
             list(lora.parameters()), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.99)
         )
@@ -121,7 +131,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows.tokens) // self.plan.rows_per_step)
+        return -(-len(self._training.examples) // self.plan.batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -130,31 +140,30 @@ class Trainer:
     def steps(self) -> Iterator[StepMetrics]:
         """Trains the steps that are left, one at each turn."""
         while self.done < self.total_steps:
-            yield self._step(self._rows_of_step(self.done))
+            yield self._step(self._examples_of_step(self.done))
 
-    def validate(self, rows: PackedRows) -> StepMetrics:
-        """The loss on other rows; nothing is learnt. Raises ConfigError if they have nothing to predict."""
-        losses, correct = [], []
+    def validate(self) -> StepMetrics | None:
+        """The loss on the validation examples; nothing is learnt. None if there are none."""
+        if self._validation is None:
+            return None
+        sums = _Sums()
         with torch.no_grad():
-            for number in range(len(rows.tokens)):
-                packed, places, targets = row_of(rows, number)
-                hidden = self.decoder.normalise(self.decoder.hidden(packed, self.lora)[places])
-                found = token_losses(hidden, self.decoder.head, targets)
-                losses.append(found.losses)
-                correct.append(found.correct)
-        every = torch.cat(losses) if losses else torch.empty(0)
-        if not len(every):
-            raise ConfigError("the validation rows have no answer to predict")
-        right = float(torch.cat(correct).float().mean())
-        return StepMetrics(self.done, float(every.mean()), right, len(every), 0.0)
+            for batch, score in self._scores(self._validation, range(len(self._validation.examples))):
+                sums.add(score, batch)
+        return sums.metrics(self.done, 0.0)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, for torch.save."""
         pairs = {site.name: (a.detach().clone(), b.detach().clone()) for site, (a, b) in self.lora.pairs.items()}
-        return {"done": self.done, "pairs": pairs, "optimiser": self._optimiser.state_dict()}
+        return {
+            "done": self.done,
+            "pairs": pairs,
+            "optimiser": self._optimiser.state_dict(),
+            "references": [part.references.clone() for part in (self._training, self._validation) if part],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave, of the same plan, rows and adapter. Raises ConfigError for another's."""
+        """Goes on from what `state` gave, of the same plan, examples and adapter. Raises ConfigError for another's."""
         pairs = state["pairs"]
         if not isinstance(pairs, dict) or set(pairs) != {site.name for site in self.lora.pairs}:
             raise ConfigError("the checkpoint is of another adapter")
@@ -162,42 +171,68 @@ class Trainer:
             for site, pair in self.lora.pairs.items():
                 for mine, saved in zip(pair, pairs[site.name], strict=True):
                     mine.copy_(saved)
+            parts = [part for part in (self._training, self._validation) if part]
+            for part, saved in zip(parts, state["references"], strict=True):
+                part.references.copy_(saved)
         self._optimiser.load_state_dict(state["optimiser"])
         self.done = int(state["done"])
 
-    def _rows_of_step(self, step: int) -> Sequence[int]:
+    def _examples_of_step(self, step: int) -> Sequence[int]:
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.plan.seed, epoch)).permutation(len(self.rows.tokens))
-        first = index * self.plan.rows_per_step
-        return [int(row) for row in order[first : first + self.plan.rows_per_step]]
+        order = np.random.default_rng((self.plan.seed, epoch)).permutation(len(self._training.examples))
+        first = index * self.plan.batch_size
+        return [int(number) for number in order[first : first + self.plan.batch_size]]
 
     def _step(self, numbers: Sequence[int]) -> StepMetrics:
-        rate = self._rate(self.done)
+        rate = self.plan.rate(self.done, self.total_steps)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        rows = [row_of(self.rows, number) for number in numbers]
-        count = sum(len(targets) for _, _, targets in rows)
-        total, right = 0.0, 0
-        for number, (packed, places, targets) in zip(numbers, rows, strict=True):
-            stream = self._cache.get(number, len(packed.tokens))
-            if stream is None:
-                stream = self._cache.put(number, self.decoder.prefix(packed, self.lora.lowest_layer))
-            if not len(targets):
-                continue
-            hidden = self.decoder.normalise(self.decoder.suffix(stream, packed, self.lora)[places])
-            found = token_losses(hidden, self.decoder.head, targets)
-            (found.losses.sum() / max(1, count)).backward()
-            total += float(found.losses.detach().sum())
-            right += int(found.correct.sum())
+        sums = _Sums()
+        for batch, score in self._scores(self._training, numbers):
+            if score.weight and score.loss.requires_grad:
+                score.loss.backward()
+            sums.add(score, batch)
+        for tensor in self.lora.parameters():
+            if tensor.grad is not None:
+                tensor.grad.div_(max(1, sums.weight))
         torch.nn.utils.clip_grad_norm_(list(self.lora.parameters()), _CLIP)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         self.done += 1
-        return StepMetrics(self.done, total / max(1, count), right / max(1, count), count, rate)
+        return sums.metrics(self.done, rate)
 
-    def _rate(self, step: int) -> float:
-        warmup = max(1, round(_WARMUP_SHARE * self.total_steps))
-        if step < warmup:
-            return self.plan.learning_rate * (step + 1) / warmup
-        part = (step - warmup) / max(1, self.total_steps - warmup)
-        return self.plan.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2)
+    def _scores(self, part: _Part, numbers: Sequence[int]) -> Iterator[tuple[Batch, Score]]:
+        """Pack by pack. Go through it once: a pack's graph lives until the next one is asked for."""
+        for members in part.examples.packs(numbers, self.plan.pack_tokens):
+            batch = part.examples.batch(members)
+            stream = self._stream(part, members, batch)
+            found = self._losses(stream, batch, self.lora)
+            if part.examples.width == 1:
+                yield batch, supervised(found)
+            else:
+                yield batch, preferences(found, batch, self._reference(part, members, stream, batch), self.plan.beta)
+
+    def _stream(self, part: _Part, members: Sequence[int], batch: Batch) -> Tensor:
+        """What the adapter's lowest layer takes, (tokens, width), float32."""
+        cache = self._cache
+        if cache is None:
+            return self.decoder.prefix(batch.packed, self.lora.lowest_layer)
+        kept = [cache.get(part.first + member) for member in members]
+        if all(stream is not None for stream in kept):
+            return torch.cat([stream for stream in kept if stream is not None])
+        made = self.decoder.prefix(batch.packed, self.lora.lowest_layer).split(batch.packed.lengths)
+        return torch.cat([cache.put(part.first + member, one) for member, one in zip(members, made, strict=True)])
+
+    def _losses(self, stream: Tensor, batch: Batch, lora: Lora | None) -> TokenLosses:
+        layers = range(self.lora.lowest_layer, self.decoder.shape.layers)
+        stream = self.decoder.layers(stream, batch.packed, layers, lora)
+        return token_losses(self.decoder.normalise(stream[batch.places]), self.decoder.head, batch.targets)
+
+    def _reference(self, part: _Part, members: Sequence[int], stream: Tensor, batch: Batch) -> Tensor:
+        """log p of each answer under the base model alone, (sequences,); computed once."""
+        which = torch.tensor(members)
+        if part.references[which].isnan().any():
+            with torch.no_grad():
+                losses = self._losses(stream, batch, None).losses
+                part.references[which] = log_likelihoods(losses, batch)
+        return part.references[which]

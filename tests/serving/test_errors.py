@@ -41,6 +41,7 @@ TABLE: list[tuple[BaseException, int, str, str, str | None]] = [
     (errors.JobStateError("x", "id"), 400, "invalid_request_error", "invalid_job_state", "id"),
     (errors.StoredFileNotFoundError("x"), 404, "invalid_request_error", "file_not_found", "id"),
     (errors.JobNotFoundError("x"), 404, "invalid_request_error", "job_not_found", "id"),
+    (errors.BaseChangedError("x"), 500, "server_error", "model_changed", "model"),
     (errors.StorageError("x"), 507, "server_error", "storage_failed", None),
     (errors.NotFoundError("x"), 404, "invalid_request_error", "not_found", None),
     (errors.ModelNotFoundError("x"), 404, "invalid_request_error", "model_not_found", "model"),

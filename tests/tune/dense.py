@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from edgellm.tune.architecture import TARGETS, Architecture
-from edgellm.tune.lora import Site
+from edgellm.tune.scheme import Site
 from edgellm.tune.weights import BaseWeights
 
 

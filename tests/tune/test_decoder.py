@@ -13,7 +13,8 @@ from edgellm.errors import ModelUnsupportedError  # noqa: E402
 from edgellm.models.bundled import bundled_path  # noqa: E402
 from edgellm.tune.architecture import TARGETS  # noqa: E402
 from edgellm.tune.decoder import Decoder, Packed, attention, pack  # noqa: E402
-from edgellm.tune.lora import Lora, LoraConfig, Site  # noqa: E402
+from edgellm.tune.lora import Lora, LoraConfig  # noqa: E402
+from edgellm.tune.scheme import Site  # noqa: E402
 from edgellm.tune.weights import BaseWeights, compute_type  # noqa: E402
 from tests.support.rewrite import rewrite  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama, write_tiny_mamba  # noqa: E402

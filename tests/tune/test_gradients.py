@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 from edgellm.errors import ConfigError  # noqa: E402
 from edgellm.tune.architecture import TARGETS  # noqa: E402
 from edgellm.tune.decoder import Decoder, pack  # noqa: E402
-from edgellm.tune.lora import Lora, LoraConfig, Site  # noqa: E402
+from edgellm.tune.lora import Lora, LoraConfig  # noqa: E402
 from edgellm.tune.loss import token_losses  # noqa: E402
+from edgellm.tune.scheme import Site  # noqa: E402
 from edgellm.tune.weights import BaseWeights  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama  # noqa: E402
 from tests.tune.dense import DenseDecoder, to_transformers  # noqa: E402

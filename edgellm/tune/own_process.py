@@ -1,0 +1,63 @@
+"""What the training process does to itself, so that whatever else runs on the machine comes first."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TextIO
+
+CHILD = "EDGELLM_TUNE_CHILD"
+"""Set to 1 by a parent that speaks to the process by its standard input."""
+
+_NICE = 19
+_SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+_STATUS = Path("/proc/self/status")
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+
+def step_back() -> None:
+    """Low priority, and the first to go when memory runs out. What the system refuses is left out."""
+    with contextlib.suppress(OSError):
+        os.nice(_NICE - os.nice(0))
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        _OOM_SCORE.write_text("1000")
+    if sys.platform.startswith("linux") and os.environ.get(CHILD) == "1":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+
+
+def limit_memory(most_bytes: int) -> None:
+    """From now on, an allocation over so much private memory fails instead of being given. Linux only."""
+    if sys.platform.startswith("linux"):
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, hard))
+
+
+def private_bytes() -> int:
+    """Memory of this process alone that is resident; 0 where the system does not say."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def stop_wanted(source: TextIO) -> threading.Event:
+    """An event that is set once the parent writes "stop", or has gone."""
+    wanted = threading.Event()
+
+    def listen() -> None:
+        for line in source:
+            if line.strip() == "stop":
+                break
+        wanted.set()
+
+    threading.Thread(target=listen, name="edgellm-tune-stop", daemon=True).start()
+    return wanted
