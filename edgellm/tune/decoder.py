@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from edgellm.tune.attention import attention
 from edgellm.tune.lora import Lora
 from edgellm.tune.ops import gated, rms_norm, rotate
 from edgellm.tune.scheme import Site
@@ -158,30 +158,3 @@ class Decoder:
             frequencies = frequencies / factors
         angles = (packed.positions[:, None] * frequencies)[:, None]  # (tokens, 1, pairs)
         return angles.cos().float(), angles.sin().float()
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float, window_tokens: int = 0
-) -> Tensor:
-    """Causal attention within each sequence; (tokens, heads, head width) each -> (tokens, heads * head width).
-
-    k and v may have fewer heads, which are then shared. With a window, a token sees that many, itself included.
-    A sequence at a time: no score between sequences is ever computed.
-    """
-    share = q.shape[1] // k.shape[1]
-    outputs, start = [], 0
-    for length in lengths:
-        queries, keys, values = (part[start : start + length].transpose(0, 1)[None] for part in (q, k, v))
-        if share > 1:
-            keys, values = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1)
-        mask = None
-        if 0 < window_tokens < length:
-            places = torch.arange(length)
-            distance = places[:, None] - places
-            mask = (distance >= 0) & (distance < window_tokens)
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
-        )  # (1, heads, length, head width)
-        outputs.append(mixed[0].transpose(0, 1).flatten(1))
-        start += length
-    return torch.cat(outputs)

@@ -20,7 +20,7 @@ ENOUGH = 0.6
 
 _KEPT = 0.97  # of a top's gain, when its idlest matrices are left out
 _DEPTHS = (1 / 15, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3, 0.4, 1 / 2, 2 / 3, 0.8, 1.0)  # of the layers
-_PACKS = (1024, 512, 256)  # tokens of a pack, tried from the most; never less than the longest example
+_PACKS = (2048, 1024, 512, 256)  # tokens of a pack, tried from the most; never less than the longest example
 
 
 @dataclass(frozen=True, slots=True)

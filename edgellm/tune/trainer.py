@@ -24,7 +24,7 @@ from edgellm.tune.loss import TokenLosses, token_losses
 from edgellm.tune.objective import BETA, Score, log_likelihoods, preferences, supervised
 from edgellm.tune.prefix_cache import PrefixCache
 
-PACK_TOKENS = 1024
+PACK_TOKENS = 2048
 """Of a pack, if memory allows."""
 
 _CLIP = 1.0  # of the gradient's norm
