@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-_SHORT = 512  # tokens of a sequence whose weights are kept, length squared for each head
+from edgellm.tune.cost import SHORT
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
         queries, keys, values = (part[start : start + length].transpose(0, 1) for part in (q, k, v))
         if length not in hidden:
             hidden[length] = _hidden(length, window_tokens)
-        if length <= _SHORT:
+        if length <= SHORT:
             mixed = _Attention.apply(queries, keys, values, hidden[length], scale)
         else:
             mixed = _fused(queries, keys, values, hidden[length], scale)

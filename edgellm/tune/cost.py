@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from edgellm.tune.architecture import TARGETS, Architecture, matrix_shape
 from edgellm.tune.scheme import Site
 
-PROCESS_BYTES = 420 << 20
+PROCESS_BYTES = 260 << 20
 """The interpreter with torch and llama.cpp's vocabulary, threads and what the allocator keeps; measured."""
 
 LOGITS_BYTES = 96 << 20
 """What the logits of one chunk of tokens may take, about (edgellm/tune/loss.py)."""
+
+SHORT = 512
+"""Sequences of so many tokens keep their attention's weights for backward; longer ones do not."""
 
 _LOGITS_COPIES = 3  # logits, and a block's worth of probabilities and gradients
 _EXPANDED = 3  # matrices of the widest kind, expanded at a time, with their products
@@ -24,6 +27,7 @@ class Setting:
 
     rank: int
     pack_tokens: int
+    longest: int  # tokens of a sequence
     item_bytes: int  # of a number in a product: 2 or 4
     recompute: bool
 
@@ -49,8 +53,8 @@ def _layer_bytes(shape: Architecture, setting: Setting) -> int:
     """What a layer keeps between its forward and its backward pass."""
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     floats = 2 * shape.width  # the stream before attention and before the feed-forward part
-    items = 2 * shape.width + 3 * queries + 2 * keys * (shape.heads // shape.kv_heads) + 3 * shape.hidden
-    items += len(TARGETS) * setting.rank
+    items = 2 * shape.width + 2 * queries + 2 * keys + 3 * shape.hidden + len(TARGETS) * setting.rank
+    items += shape.heads * min(setting.longest, SHORT)  # attention's weights
     return setting.pack_tokens * (4 * floats + setting.item_bytes * items)
 
 

@@ -34,19 +34,27 @@ def step_back() -> None:
 
 
 def limit_memory(most_bytes: int) -> None:
-    """From now on, an allocation over so much private memory fails instead of being given. Linux only."""
+    """From now on, an allocation over so much private memory fails instead of being given. Linux only.
+
+    What the process has reserved so far and not touched, thread stacks for the most part, is not counted.
+    """
     if sys.platform.startswith("linux"):
+        untouched = max(0, _status_bytes("VmData") - private_bytes())
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes + untouched, hard))
 
 
 def private_bytes() -> int:
     """Memory of this process alone that is resident; 0 where the system does not say."""
+    return _status_bytes("RssAnon")
+
+
+def _status_bytes(key: str) -> int:
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), 0)
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def stop_wanted(source: TextIO) -> threading.Event:

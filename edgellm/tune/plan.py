@@ -105,7 +105,9 @@ def fit(
 ) -> Setting:
     """The fastest way to train these sites that the memory allows; the thriftiest if none does."""
     packs = [tokens for tokens in _PACKS if tokens > load.longest] or [load.longest]
-    settings = [Setting(rank, tokens, item_bytes, recompute) for recompute in (False, True) for tokens in packs]
+    settings = [
+        Setting(rank, tokens, load.longest, item_bytes, recompute) for recompute in (False, True) for tokens in packs
+    ]
     for setting in settings:
         if budget_bytes is None or memory_bytes(shape, sites, setting) <= budget_bytes:
             return setting

@@ -83,7 +83,7 @@ def test_memory_is_first_saved_on_packs_then_by_recomputing(shape: Architecture)
     needs = [memory_bytes(shape, sites, setting) for setting in seen]
     assert needs == sorted(needs, reverse=True)
     assert not seen[0].recompute
-    assert seen[-1] == Setting(16, 256, 2, recompute=True)
+    assert seen[-1] == Setting(16, 256, 200, 2, recompute=True)
     long = replace(LOAD, longest=5000)
     assert fit(shape, sites, long, 16, 2, 1).pack_tokens == 5000
 
