@@ -25,6 +25,7 @@ EdgeLLMError
 ├── InvalidTraceError              a file of routing traces (mixture of experts) is unsound
 ├── AdapterError                   a LoRA adapter is unsound or does not fit the model
 ├── BaseChangedError               the base model's file is not the one that a fine-tuning run was begun with
+├── NotInstalledError              a part of edgellm that is not installed; says how to install it
 ├── StorageError                   the state directory cannot be read or written, or its disk is full
 ├── OverloadedError                the queue is full; try again after `retry_after_s`
 ├── ShuttingDownError              the server is on its way out
@@ -173,6 +174,10 @@ class AdapterError(EdgeLLMError):
 
 class BaseChangedError(EdgeLLMError):
     """The base model's file is not the one that a fine-tuning run was begun with."""
+
+
+class NotInstalledError(EdgeLLMError):
+    """What is asked for needs packages that are not installed."""
 
 
 class StorageError(EdgeLLMError):

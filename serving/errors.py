@@ -77,6 +77,7 @@ _RULES: dict[type[BaseException], _Rule] = {
     errors.ModelError: _Rule(500, "model_error", "model"),
     errors.AdapterError: _Rule(400, "invalid_adapter", "adapter"),
     errors.BaseChangedError: _Rule(500, "model_changed", "model", _NO_RETRY),
+    errors.NotInstalledError: _Rule(501, "not_installed", None, _NO_RETRY),
     errors.StorageError: _Rule(507, "storage_failed", None, _NO_RETRY),
     errors.OverloadedError: _Rule(503, "overloaded"),
     errors.ShuttingDownError: _Rule(503, "shutting_down", None, {"retry-after": str(SHUTDOWN_RETRY_AFTER_S)}),

@@ -70,6 +70,7 @@ _EXPECTED = {
     "int_from_float": "must be an integer",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
+    "extra_forbidden": "is not a known field",
     "list_type": "must be an array",
     "dict_type": "must be an object",
     "model_type": "must be an object",

@@ -24,6 +24,7 @@ from edgellm.engine.stream import EventLoopBridge
 from edgellm.engine.types import AdapterUse
 from edgellm.errors import (
     ContextLengthError,
+    EdgeLLMError,
     OverloadedError,
     RequestError,
     RequestTimeoutError,
@@ -82,7 +83,6 @@ class Service:
         self.settings = settings
         self.engine = Engine()
         self.store = store or ModelStore()
-        self.tuning = Tuning(self.store.home)
         self._bridge: EventLoopBridge | None = None
         self._templates: dict[tuple[str, str], ChatTemplate] = {}
         self._loads: dict[str, _Load] = {}
@@ -91,6 +91,7 @@ class Service:
         except BaseException:
             self.engine.close()
             raise
+        self.tuning = Tuning(self.store.home, self.models, threads=settings.threads)
         self.metrics = Metrics(self._snapshot)
         self.closing = False
         self.active_requests = 0
@@ -103,6 +104,10 @@ class Service:
         for spec in self.settings.adapter:
             name, _, path = spec.partition("=")
             self.models.load_adapter(name, Path(path).expanduser())
+        try:
+            self.tuning.start()
+        except EdgeLLMError as error:  # answers need no jobs
+            _log.error("fine-tuned models and jobs are not available: %s", error)
 
     def cut_off(self) -> None:
         """Ends every request that still runs with a ShuttingDownError. May be called from any thread."""
@@ -116,6 +121,7 @@ class Service:
     def close(self) -> None:
         """Ends requests that still run, unloads the models, stops the thread and the template processes."""
         self.closing = True
+        self.tuning.close(self.settings.grace_seconds)
         self.models.close()
         if not self.engine.close(_CLOSE_S):
             _log.critical("the engine does not come back from llama.cpp; leaving without it")
@@ -123,7 +129,6 @@ class Service:
         for template in self._templates.values():
             template.close()
         self._templates.clear()
-        self.tuning.close()
 
     def bridge(self) -> EventLoopBridge:
         """The engine's way into the running event loop."""
@@ -147,11 +152,13 @@ class Service:
                 loaded = await self._load(model)
         leased = Leased(loaded, self.models, own, _Arrival(self.engine))
         self.active_requests += 1
+        self.tuning.request_begins()
         try:
             yield leased
         finally:
             leased.arrival.over()
             self.active_requests -= 1
+            self.tuning.request_ends()
             self.models.release(loaded)
 
     async def _load(self, model: StoredModel) -> LoadedModel:

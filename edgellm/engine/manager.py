@@ -48,6 +48,7 @@ class AdapterRecord:
     path: Path
     created: int  # Unix seconds
     scale: float = 1.0  # a request's own scale is multiplied with it
+    owner: str | None = None  # who had it made here; None: it came from elsewhere
 
 
 class ModelManager:
@@ -311,6 +312,32 @@ class ModelManager:
             self._attach(loaded, record)
             with self._lock:
                 self._adapters[name] = record
+        return record
+
+    def register_adapter(self, name: str, path: Path, model: StoredModel, *, owner: str, created: int) -> AdapterRecord:
+        """Makes an adapter that was made here available; `model` is not loaded for it, but has it when it is.
+
+        Raises AdapterError, InvalidModelFileError, ModelNotFoundError if the base's file is gone.
+        """
+        self._check_base(describe(path), model)
+        record = AdapterRecord(name, model.name, path, created, owner=owner)
+        while True:
+            with self._lock:
+                loaded, loading = self._loaded.get(model.name), self._loading.get(model.name)
+                if loaded is not None:
+                    loaded.leases += 1  # it stays until the adapter is attached
+                elif loading is None:
+                    self._adapters[name] = record
+                    return record
+            if loaded is not None:
+                break
+            loading.wait()  # type: ignore[union-attr]  # a load has taken its list of adapters already
+        try:
+            self._attach(loaded, record)
+            with self._lock:
+                self._adapters[name] = record
+        finally:
+            self.release(loaded)
         return record
 
     def scaled(self, uses: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:

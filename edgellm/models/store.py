@@ -87,13 +87,17 @@ class _Store:
                     yield self._stored(name, path)
 
     @staticmethod
-    def _stored(name: str, path: Path) -> StoredModel:
-        facts: dict[str, object] = {}
+    def facts(path: Path) -> dict[str, object]:
+        """What was recorded of the stored file `path`; empty if nothing was."""
         try:
             loaded = json.loads(_sidecar(path).read_bytes())
-            facts = loaded if isinstance(loaded, dict) else {}
-        except (OSError, ValueError):
-            pass  # put there by hand, or the note was lost: the file speaks for itself
+        except (OSError, ValueError):  # put there by hand, or the note was lost: the file speaks for itself
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
+
+    @classmethod
+    def _stored(cls, name: str, path: Path) -> StoredModel:
+        facts = cls.facts(path)
         created = facts.get("created")
         sizes = [part.stat() for part in _parts(path) if part.is_file()]
         return StoredModel(
@@ -195,9 +199,10 @@ class AdapterStore(_Store):
             raise self._not_found(name)
         return adapter
 
-    def add(self, source: Path | str, name: str, origin: str = "file") -> StoredModel:
+    def add(self, source: Path | str, name: str, origin: str = "file", **facts: object) -> StoredModel:
         """Copy the adapter file `source` into the store as `name`, in lower case; one of that name is replaced.
 
+        `facts` are kept with it: see `facts`.
         Raises AdapterError if the name is unsound or the file is no LoRA adapter, InvalidModelFileError if it is no
         sound GGUF file, ModelNotFoundError if there is none.
         """
@@ -209,9 +214,12 @@ class AdapterStore(_Store):
             raise AdapterError(f"{source} is not a LoRA adapter")
         path = self.path_of(name)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.record(path, origin, **facts)  # first: a file that is listed has its facts
             copy_atomic(info.path, path)
-            self.record(path, origin)
         except OSError as error:
+            if not path.exists():
+                _sidecar(path).unlink(missing_ok=True)
             raise AdapterError(f"{name}: cannot be stored: {error.strerror or error}") from None
         return self._stored(name, path)
 

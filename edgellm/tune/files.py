@@ -57,24 +57,25 @@ class FileStore:
         """Begin a file of at most `limit_bytes`. Raises StorageError."""
         return FileWriter(self._folder, limit_bytes)
 
-    def keep(self, writer: FileWriter, filename: str, purpose: Purpose) -> StoredFile:
-        """Finish what was written, and enter it. Raises StorageError."""
+    def keep(self, writer: FileWriter, filename: str, purpose: Purpose, file_id: str | None = None) -> StoredFile:
+        """Finish what was written, and enter it, in place of the file that has `file_id`. Raises StorageError."""
         digest = writer.finish()
-        file = StoredFile(new_id("file-"), digest, writer.bytes, int(self._now()), filename, purpose)
+        file = StoredFile(file_id or new_id("file-"), digest, writer.bytes, int(self._now()), filename, purpose)
         with self._database.transaction() as connection:  # within it, nobody removes content of the same digest
             with _told("be written"):
                 publish(writer.path, self._folder / digest)
             connection.execute(
-                "INSERT INTO files (id, sha256, bytes, created_at, filename, purpose) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO files (id, sha256, bytes, created_at, filename, purpose) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 (file.id, digest, file.bytes, file.created_at, filename, purpose),
             )
         return file
 
-    def add(self, data: bytes, filename: str, purpose: Purpose) -> StoredFile:
-        """Keep `data`. Raises StorageError."""
+    def add(self, data: bytes, filename: str, purpose: Purpose, file_id: str | None = None) -> StoredFile:
+        """Keep `data`; with a `file_id` of the caller's, doing it again changes nothing. Raises StorageError."""
         with self.writer(len(data)) as writer:
             writer.write(data)
-            return self.keep(writer, filename, purpose)
+            return self.keep(writer, filename, purpose, file_id)
 
     def get(self, file_id: str) -> StoredFile:
         """Raises StoredFileNotFoundError."""

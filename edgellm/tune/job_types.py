@@ -81,6 +81,7 @@ class JobProgress:
     result_files: tuple[str, ...] = ()
     error: JobError | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # what "auto" came to
+    checkpoint_step: int | None = None  # from which the trainer can go on; not every one is a JobCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class JobCheckpoint:
-    """A point from which the job can go on. `path` is relative to the state directory."""
+    """A step whose adapter can be used. `path` is relative to the state directory."""
 
     id: str
     job: str

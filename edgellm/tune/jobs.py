@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from edgellm.tune.job_types import Job, JobCheckpoint, JobError, JobEvent, JobPr
 from edgellm.tune.pages import Page, new_id, read_page
 
 Level = Literal["info", "warn", "error"]
+_HAS_METADATA = "EXISTS (SELECT 1 FROM json_each(jobs.request, '$.metadata') WHERE key = ? AND value = ?)"
 _STATE_MESSAGES = {
     JobStatus.QUEUED: "Files validated, moving job to queued state",
     JobStatus.RUNNING: "Fine-tuning job started",
@@ -36,11 +37,12 @@ class JobStore:
         """`now` gives Unix seconds."""
         self._database = database
         self._now = now
+        self.home = database.home
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
-    def create(self, request: JobRequest) -> Job:
-        """A new job, whose files are to be validated."""
+    def create(self, request: JobRequest, *, validated: bool = False) -> Job:
+        """A new job, whose files are to be validated, or were: then it is queued."""
         job = Job(new_id("ftjob-"), int(self._now()), JobStatus.VALIDATING, request, JobProgress())
         with self._database.transaction() as connection:
             connection.execute(
@@ -49,17 +51,18 @@ class JobStore:
             )
             self._log(connection, job.id, f"Created fine-tuning job: {job.id}")
             self._log(connection, job.id, f"Validating training file: {request.training_file}")
-        return job
+            return self._set(connection, job, JobStatus.QUEUED) if validated else job
 
     def get(self, job_id: str) -> Job:
         """Raises JobNotFoundError."""
         with self._database.reading() as connection:
             return _read(connection, job_id)
 
-    def list(self, after: str | None = None, limit: int = 20) -> Page[Job]:
-        """The newest first. Raises RequestError if there is no job `after`."""
+    def list(self, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None) -> Page[Job]:
+        """The newest first, of those that have all of `metadata`. Raises RequestError if there is no job `after`."""
+        having = [(_HAS_METADATA, pair) for pair in (metadata or {}).items()]
         with self._database.reading() as connection:
-            return read_page(connection, "jobs", _job, where={}, after=after, limit=limit, order="desc")
+            return read_page(connection, "jobs", _job, where={}, after=after, limit=limit, order="desc", having=having)
 
     def with_status(self, *statuses: JobStatus) -> tuple[Job, ...]:
         """All jobs in one of these states, the oldest first."""
@@ -124,7 +127,8 @@ class JobStore:
 
     def _requeue(self, connection: sqlite3.Connection, job: Job) -> Job:
         last = _last_checkpoint(connection, job.id)
-        start = f"step {last.step}" if last else "its beginning"
+        step = max(last.step if last else 0, job.progress.checkpoint_step or 0)
+        start = f"step {step}" if step else "its beginning"
         return self._set(connection, job, JobStatus.QUEUED, message=f"Interrupted; going on from {start}", level="warn")
 
     def _move(
@@ -173,12 +177,14 @@ class JobStore:
         trained_tokens: int | None = None,
         estimated_finish: int | None = None,
         hyperparameters: dict[str, Any] | None = None,
+        checkpoint_step: int | None = None,
     ) -> Job:
         """Note what is given of a running job. Raises JobNotFoundError, JobStateError."""
         given = {
             "trained_tokens": trained_tokens,
             "estimated_finish": estimated_finish,
             "hyperparameters": hyperparameters,
+            "checkpoint_step": checkpoint_step,
         }
         with self._database.transaction() as connection:
             job = _running(connection, job_id)
@@ -210,6 +216,15 @@ class JobStore:
             )
             self._log(connection, job_id, f"Checkpoint created at step {step}")
         return made
+
+    def prune_checkpoints(self, job_id: str, keep: int) -> tuple[JobCheckpoint, ...]:
+        """Forget all but the `keep` of the highest steps; those that are forgotten."""
+        query = "SELECT * FROM checkpoints WHERE job = ? ORDER BY step DESC LIMIT -1 OFFSET ?"
+        with self._database.transaction() as connection:
+            old = tuple(_checkpoint(row) for row in connection.execute(query, (job_id, keep)).fetchall())
+            for checkpoint in old:
+                connection.execute("DELETE FROM checkpoints WHERE id = ?", (checkpoint.id,))
+        return old
 
     def last_checkpoint(self, job_id: str) -> JobCheckpoint | None:
         """The one of the highest step."""

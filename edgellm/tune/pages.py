@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -36,10 +36,12 @@ def read_page(
     after: str | None,
     limit: int,
     order: Order,
+    having: Sequence[tuple[str, tuple[str, ...]]] = (),
 ) -> Page[T]:
     """Rows of `table` in which the columns of `where` have these values, newest (desc) or oldest (asc) first.
 
-    Table and columns are the caller's own words, never a request's. Raises RequestError if `after` is none of them.
+    `having` are further conditions with their values. Table, columns and conditions are the caller's own words, never a
+    request's. Raises RequestError if `after` is none of the rows.
     """
     terms, values = [f"{column} = ?" for column in where], list[str | int](where.values())
     if after is not None:
@@ -49,6 +51,9 @@ def read_page(
             raise RequestError(f"The list has no item {after[:100]!r}", "after")
         terms.append("seq < ?" if order == "desc" else "seq > ?")
         values.append(int(found["seq"]))
+    for term, found_values in having:
+        terms.append(term)
+        values.extend(found_values)
     condition = f"WHERE {' AND '.join(terms)}" if terms else ""
     query = f"SELECT * FROM {table} {condition} ORDER BY seq {order} LIMIT ?"  # noqa: S608
     rows = connection.execute(query, [*values, limit + 1]).fetchall()

@@ -92,6 +92,7 @@ class _Server(uvicorn.Server):
                 self._service.active_requests,
                 self._service.settings.grace_seconds,
             )
+        self._service.tuning.begin_stop(self._service.settings.grace_seconds)
         cut = asyncio.get_running_loop().call_later(self._service.settings.grace_seconds, self._service.cut_off)
         try:
             await super().shutdown(sockets)

@@ -9,7 +9,7 @@ from edgellm.engine.manager import AdapterRecord
 from edgellm.errors import ModelNotFoundError
 from edgellm.models.store import StoredModel
 from serving.service import Service
-from serving.wire.models import Model, ModelList
+from serving.wire.models import Model, ModelDeleted, ModelList
 
 router = APIRouter()
 
@@ -24,7 +24,7 @@ def _model(service: Service, model: StoredModel) -> Model:
 
 
 def _adapter(record: AdapterRecord) -> Model:
-    return Model(id=record.name, created=record.created, owned_by=record.model)
+    return Model(id=record.name, created=record.created, owned_by=record.owner or record.model)
 
 
 def _all(service: Service) -> list[Model]:
@@ -47,3 +47,11 @@ def show_model(model_id: str, http: Request) -> Response:
         if model.id.lower() == wanted:
             return Response(model.to_json(), media_type="application/json")
     raise ModelNotFoundError(f"The model '{model_id}' does not exist")
+
+
+@router.delete("/v1/models/{model_id:path}", response_model=ModelDeleted, summary="Delete a fine-tuned model")
+def delete_model(model_id: str, http: Request) -> Response:
+    """Only a model that was fine-tuned here, or a checkpoint of one; requests that are using it end with an error."""
+    service: Service = http.app.state.service
+    service.tuning.delete_model(model_id)
+    return Response(ModelDeleted(id=model_id, deleted=True).to_json(), media_type="application/json")

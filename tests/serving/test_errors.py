@@ -42,6 +42,7 @@ TABLE: list[tuple[BaseException, int, str, str, str | None]] = [
     (errors.StoredFileNotFoundError("x"), 404, "invalid_request_error", "file_not_found", "id"),
     (errors.JobNotFoundError("x"), 404, "invalid_request_error", "job_not_found", "id"),
     (errors.BaseChangedError("x"), 500, "server_error", "model_changed", "model"),
+    (errors.NotInstalledError("x"), 501, "server_error", "not_installed", None),
     (errors.StorageError("x"), 507, "server_error", "storage_failed", None),
     (errors.NotFoundError("x"), 404, "invalid_request_error", "not_found", None),
     (errors.ModelNotFoundError("x"), 404, "invalid_request_error", "model_not_found", "model"),
