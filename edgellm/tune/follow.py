@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edgellm.errors import JobStateError
@@ -115,6 +116,7 @@ class Follower:
         except JobStateError:
             self._models.remove(name)
             raise
+        Path(event["adapter"]).unlink(missing_ok=True)  # the store has it
         for old in self._jobs.prune_checkpoints(job.id, CHECKPOINTS_KEPT):
             self._models.remove(old.model)
 

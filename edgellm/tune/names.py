@@ -18,7 +18,7 @@ _TUNED = re.compile(r"ft:[^:]+:[^:]+:[^:]*:[^:]+(:ckpt-step-\d+)?")
 
 def tuned_name(base: str, suffix: str | None, job_id: str) -> str:
     """`base` is a model's name, of which the last part counts; of `suffix`, what a name can hold."""
-    stem = slug(base.rsplit("/", 1)[-1])[:_BASE_CHARS]
+    stem = _sound(base.rsplit("/", 1)[-1], _BASE_CHARS) or "model"
     return f"ft:{stem}:{ORGANISATION}:{sound_suffix(suffix)}:{job_id.rpartition('-')[2][:_ID_CHARS]}"
 
 
@@ -29,12 +29,16 @@ def checkpoint_name(tuned: str, step: int) -> str:
 
 def sound_suffix(suffix: str | None) -> str:
     """A suffix as it stands in a name: lower case, `-` for whatever is no letter, digit or one of ._-; may be empty."""
-    try:
-        return slug((suffix or "").replace("/", "-"))[:SUFFIX_CHARS_MAX].strip("-")
-    except ValueError:
-        return ""
+    return _sound(suffix or "", SUFFIX_CHARS_MAX)
 
 
 def is_tuned_name(name: str) -> bool:
     """Whether a fine-tuned model, or a checkpoint of one, may be called that."""
     return _TUNED.fullmatch(name) is not None
+
+
+def _sound(text: str, most_chars: int) -> str:
+    try:
+        return slug(text.replace("/", "-"))[:most_chars].strip("-")
+    except ValueError:  # nothing is left, or it is too long
+        return ""

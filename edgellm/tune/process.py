@@ -93,6 +93,7 @@ class TrainerProcess:
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._last: dict[str, Any] = {}
+        self.has_begun = False  # it takes steps, and will hear of a stop; before that, there is nothing to save
         self._paused = self._stopping = self._killed = False
         self._over: Outcome | None = None
         self._kills = _oom_kills()
@@ -192,6 +193,7 @@ class TrainerProcess:
                 self._tail.append(_text(line))
             else:
                 self._last = event
+                self.has_begun = self.has_begun or event["event"] == "begun"
                 self._on_event(event)
         return self._over
 

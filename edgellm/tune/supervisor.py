@@ -97,7 +97,7 @@ class Supervisor:
         at once if that is of no use."""
         with self._lock:
             if self._running == job.id and self._process is not None:
-                _end(self._process, job.status)
+                _end(self._process, keep=not job.status.is_final)
         self.wake()
 
     def give_way(self) -> None:
@@ -119,7 +119,7 @@ class Supervisor:
         with self._lock:
             self._closing = True
             if self._process is not None:
-                self._process.stop()
+                _end(self._process)
         self._wake.set()
 
     def close(self, grace_s: float) -> None:
@@ -251,19 +251,19 @@ class Supervisor:
             if event["event"] == "step":  # another process may have changed its state
                 status = self._jobs.get(job.id).status
                 if status is not JobStatus.RUNNING:
-                    _end(process, status)
+                    _end(process, keep=not status.is_final)
 
         with TrainerProcess(spec, take, command=self._command) as process:
             try:
                 with self._lock:
                     self._process, self._running = process, job.id
                     if self._closing:
-                        process.stop()
+                        process.kill()
                     elif self._yielding:
                         process.give_way()
                 status = self._jobs.get(job.id).status  # `heed` saw no process until now
                 if status is not JobStatus.RUNNING:
-                    _end(process, status)
+                    process.kill()
                 return process.wait()
             finally:
                 with self._lock:
@@ -336,12 +336,12 @@ class Supervisor:
             raise _RefusedError("file_not_found", str(error), param) from None
 
 
-def _end(process: TrainerProcess, status: JobStatus) -> None:
-    """As suits the state that the job now has: only of a paused or queued one a checkpoint is of use."""
-    if status.is_final:
-        process.kill()
-    else:
+def _end(process: TrainerProcess, *, keep: bool = True) -> None:
+    """With a checkpoint, if there is something to `keep`."""
+    if keep and process.has_begun:
         process.stop()
+    else:
+        process.kill()
 
 
 def _result_id(job_id: str) -> str:
