@@ -1,0 +1,221 @@
+"""`edgellm tune`: the run, in a process of its own, from the options to the adapter."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from edgellm.config import load_settings, parse_bytes
+from edgellm.engine.threads import default_threads
+from edgellm.errors import ConfigError, EdgeLLMError, ModelUnsupportedError, StorageError
+from edgellm.models.bundled import DEFAULT_MODEL
+from edgellm.models.store import ModelStore, StoredModel
+from edgellm.tune.process import Outcome, TrainerProcess, torch_missing
+from serving.cli.tune_place import Target, Workplace, identity
+from serving.cli.tune_table import PlanView, choose_plan_view
+from serving.cli.tune_view import Event, JsonView, View, choose_view, many
+
+_News = Event | Outcome | signal.Signals | BaseException
+_INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+_ERRORS: dict[str, type[EdgeLLMError]] = {
+    "invalid_value": ConfigError,
+    "model_unsupported": ModelUnsupportedError,
+    "disk_full": StorageError,
+}
+_HOPELESS = frozenset({"invalid_training_file", "invalid_value", "model_unsupported", "model_changed"})
+
+
+@dataclass(frozen=True, slots=True)
+class TuneRequest:
+    """What the command line asks for. None: chosen by the trainer, or by the settings."""
+
+    model: str | None
+    data: Path
+    validation: Path | None = None
+    memory: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate_multiplier: float | None = None
+    rank: int | None = None
+    sparsity: str = "auto"
+    method: str = "supervised"
+    beta: float | None = None
+    seed: int = 0
+    threads: int | None = None
+
+    def find_model(self) -> StoredModel:
+        """Raises ModelNotFoundError, ConfigError."""
+        configured = load_settings().model
+        return ModelStore().find(self.model or (configured[0] if configured else DEFAULT_MODEL))
+
+    def spec(self, model: StoredModel) -> dict[str, Any]:
+        """What the trainer is told, but for its paths. Raises ConfigError."""
+        if self.beta is not None and self.method != "dpo":
+            raise ConfigError("--beta goes with --method dpo")
+        try:
+            memory = None if self.memory is None else int(parse_bytes(self.memory))
+        except ValueError as error:
+            raise ConfigError(f"--memory: {error}") from None
+        return {
+            "model": str(model.path),
+            "data": str(self.data.expanduser().absolute()),
+            "validation": None if self.validation is None else str(self.validation.expanduser().absolute()),
+            "method": self.method,
+            "beta": self.beta,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "learning_rate_multiplier": self.learning_rate_multiplier,
+            "rank": self.rank,
+            "sparsity": self.sparsity,
+            "memory_budget_bytes": memory,
+            "seed": self.seed,
+            "threads": load_settings(threads=self.threads).threads or default_threads(),
+        }
+
+
+def run_tune(request: TuneRequest, *, name: str | None, output: Path | None, as_json: bool) -> None:
+    """Trains and keeps the adapter. Raises EdgeLLMError; typer.Exit with 130 if it was stopped."""
+    _need_torch()
+    model = request.find_model()
+    target = Target.choose(model, request.data, name, output)
+    spec = request.spec(model)
+    with Workplace({**spec, "identity": _identities(spec, model)}) as place:
+        paths = {"output": str(place.adapter), "state": str(place.state)}
+        with choose_view(as_json=as_json) as view:
+            end = _train({**spec, **paths}, view)
+        if end.done is None:
+            if end.outcome.code in _HOPELESS:
+                place.remove()
+            _fail(end, spec, f"The same command goes on from its last checkpoint, in {place.folder}.")
+        target.keep(Path(end.done["adapter"]), Path(end.done["metrics"]), model)
+        place.remove()
+    _tell(view, end.done, target, request.model)
+
+
+def run_plan(request: TuneRequest, *, as_json: bool) -> None:
+    """Analyses and prints. Raises EdgeLLMError; typer.Exit with 130 if it was stopped."""
+    _need_torch()
+    spec = request.spec(request.find_model())
+    with tempfile.TemporaryDirectory(prefix="edgellm-plan-") as folder:
+        spec |= {"output": str(Path(folder, "adapter.gguf")), "state": None, "only_plan": True}
+        with choose_plan_view(as_json=as_json) as view:
+            end = _train(spec, view)
+    if end.done is None:
+        _fail(end, spec)
+    if isinstance(view, PlanView):
+        view.print()
+    else:
+        view.show(end.done)
+
+
+def _need_torch() -> None:
+    if torch_missing():
+        raise ConfigError("fine-tuning needs torch: pip install 'edgellm[tune]'")
+
+
+def _identities(spec: Mapping[str, Any], model: StoredModel) -> list[object]:
+    """Of the files that the run reads: of the model, whose bytes may be many, its date."""
+    paths = [Path(spec[name]) for name in ("data", "validation") if spec[name] is not None]
+    status = model.path.stat()
+    return [[status.st_size, status.st_mtime_ns], *(identity(path) for path in paths)]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How the trainer ended. `done`: its event of that name, which is not shown yet."""
+
+    outcome: Outcome
+    done: Event | None
+    interrupted: bool
+
+
+def _train(spec: Mapping[str, Any], view: View) -> _End:
+    """Runs the trainer to its end. Ctrl-C asks it to stop, a second one kills it."""
+    happened: queue.SimpleQueue[_News] = queue.SimpleQueue()
+    done: Event | None = None
+    interrupts = 0
+    with _signals_into(happened), TrainerProcess(spec, happened.put) as process:
+        threading.Thread(target=_wait, args=(process, happened), name="edgellm-tune-wait", daemon=True).start()
+        while not isinstance(news := happened.get(), Outcome):
+            if isinstance(news, BaseException):
+                raise news
+            if isinstance(news, signal.Signals):
+                interrupts += 1
+                _interrupt(process, view, interrupts)
+            elif news["event"] == "done":
+                done = news
+            else:
+                view.show(news)
+    return _End(news, done, interrupts > 0)
+
+
+def _wait(process: TrainerProcess, happened: queue.SimpleQueue[_News]) -> None:
+    try:
+        happened.put(process.wait())
+    except BaseException as error:
+        happened.put(error)
+
+
+def _interrupt(process: TrainerProcess, view: View, times: int) -> None:
+    if times == 1:
+        view.say("stopping after this step; Ctrl-C again to stop at once")
+        process.stop()
+    else:
+        process.kill()
+
+
+@contextmanager
+def _signals_into(happened: queue.SimpleQueue[_News]) -> Iterator[None]:
+    """SIGINT and SIGTERM come as news: nothing is interrupted half-way. `put` is safe in a handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, lambda number, _: happened.put(signal.Signals(number)))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(end: _End, spec: Mapping[str, Any], going_on: str = "") -> NoReturn:
+    """Says why there is no result. `going_on`: how to do better than to begin anew."""
+    outcome = end.outcome
+    if end.interrupted:
+        typer.echo(f"edgellm: stopped. {going_on}".rstrip(), err=True)
+        raise typer.Exit(_INTERRUPTED)
+    if outcome.faults:
+        path = spec["validation"] if outcome.param == "validation_file" else spec["data"]
+        for line, text in outcome.faults:
+            typer.echo(f"{path}:{line}: {text}" if line else f"{path}: {text}", err=True)
+        raise ConfigError(f"{path} cannot be used: {many(len(outcome.faults), 'fault')}")
+    message = outcome.message
+    if outcome.kind == "died" and outcome.out_of_memory:
+        message += "; a smaller --memory, or --sparsity top-2, needs less"
+    if going_on and outcome.code not in _HOPELESS:
+        message = f"{message.rstrip('.')}. {going_on}"
+    raise _ERRORS.get(outcome.code, EdgeLLMError)(message)
+
+
+def _tell(view: View, done: Event, target: Target, model: str | None) -> None:
+    """Where everything is, and what to do with it."""
+    command = target.command(model)
+    if isinstance(view, JsonView):
+        places = {"adapter": str(target.path), "metrics": str(target.metrics), "picture": str(target.picture)}
+        view.show({**done, **places, "name": target.name, "serve": command})
+        return
+    view.say(f"{target.name} is ready: {target.path}")
+    view.say(f"loss curve: {target.picture}")
+    view.say(f"serve it: {command}")
