@@ -25,8 +25,8 @@ _Method = Annotated[
     Literal["supervised", "dpo"],
     typer.Option(help="Learn answers (supervised), or which of two answers is better (dpo)."),
 ]
-_BatchSize = Annotated[int | None, typer.Option(min=1, max=4096, help="Examples a step. Default: by their number.")]
-_Rank = Annotated[int | None, typer.Option(min=1, max=1024, help="Rank of the adapter. Default: chosen with the plan.")]
+_BatchSize = Annotated[int | None, typer.Option(min=1, max=4096, help="Examples a step. Default: at most 8.")]
+_Rank = Annotated[int | None, typer.Option(min=1, max=1024, help="Rank of the adapter. Default: 16.")]
 _Seed = Annotated[int, typer.Option(min=0, help="The same seed, data and settings give the same order of examples.")]
 _Threads = Annotated[int | None, setting("threads", "--threads", "-t")]
 
@@ -40,7 +40,9 @@ def tune(
     ] = None,
     validation: Annotated[Path | None, typer.Option(help="Further examples, to measure on after each epoch.")] = None,
     memory: _Memory = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=1000, help="Times to read all examples. Default: 3.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Times to read the data. Default: 3 to 10.")
+    ] = None,
     batch_size: _BatchSize = None,
     learning_rate_multiplier: Annotated[float | None, typer.Option(help="Of the learning rate we would take.")] = None,
     rank: _Rank = None,

@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +75,20 @@ class Workplace:
                     lock.release()
 
 
-def identity(path: Path) -> list[object]:
-    """What tells a data file from another one at the same place. Raises ConfigError if it cannot be read."""
-    try:
-        return [str(path.resolve()), sha256_file(path)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def file_hashes(paths: Iterable[str]) -> list[str]:
+    """Their SHA-256: dates and sizes may stay when content changes. Raises ConfigError for one that cannot be read."""
+    found = []
+    for path in paths:
+        try:
+            found.append(sha256_file(Path(path)))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return found
+
+
+def analysis_path(model_hash: str, home: Path | None = None) -> Path:
+    """Where the contribution analysis of the model of that SHA-256 is kept."""
+    return (home or home_dir()) / "tuning" / "analyses" / f"{model_hash}.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import queue
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 
@@ -19,8 +19,10 @@ from edgellm.engine.threads import default_threads
 from edgellm.errors import ConfigError, EdgeLLMError, ModelUnsupportedError, StorageError
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import ModelStore, StoredModel
+from edgellm.tune.examples import Method
 from edgellm.tune.process import Outcome, TrainerProcess, torch_missing
-from serving.cli.tune_place import Target, Workplace, identity
+from edgellm.tune.spec import RunSpec
+from serving.cli.tune_place import Target, Workplace, analysis_path, file_hashes
 from serving.cli.tune_table import PlanView, choose_plan_view
 from serving.cli.tune_view import Event, JsonView, View, choose_view, many
 
@@ -47,7 +49,7 @@ class TuneRequest:
     learning_rate_multiplier: float | None = None
     rank: int | None = None
     sparsity: str = "auto"
-    method: str = "supervised"
+    method: Method = "supervised"
     beta: float | None = None
     seed: int = 0
     threads: int | None = None
@@ -57,29 +59,30 @@ class TuneRequest:
         configured = load_settings().model
         return ModelStore().find(self.model or (configured[0] if configured else DEFAULT_MODEL))
 
-    def spec(self, model: StoredModel) -> dict[str, Any]:
-        """What the trainer is told, but for its paths. Raises ConfigError."""
+    def spec(self, model: StoredModel, output: Path) -> RunSpec:
+        """What the trainer is told. Raises ConfigError."""
         if self.beta is not None and self.method != "dpo":
             raise ConfigError("--beta goes with --method dpo")
         try:
             memory = None if self.memory is None else int(parse_bytes(self.memory))
         except ValueError as error:
             raise ConfigError(f"--memory: {error}") from None
-        return {
-            "model": str(model.path),
-            "data": str(self.data.expanduser().absolute()),
-            "validation": None if self.validation is None else str(self.validation.expanduser().absolute()),
-            "method": self.method,
-            "beta": self.beta,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "learning_rate_multiplier": self.learning_rate_multiplier,
-            "rank": self.rank,
-            "sparsity": self.sparsity,
-            "memory_budget_bytes": memory,
-            "seed": self.seed,
-            "threads": load_settings(threads=self.threads).threads or default_threads(),
-        }
+        return RunSpec(
+            model=str(model.path),
+            data=str(self.data.expanduser().absolute()),
+            output=str(output),
+            validation=None if self.validation is None else str(self.validation.expanduser().absolute()),
+            method=self.method,
+            beta=self.beta,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate_multiplier=self.learning_rate_multiplier,
+            rank=self.rank,
+            sparsity=self.sparsity,
+            memory_budget_bytes=memory,
+            seed=self.seed,
+            threads=load_settings(threads=self.threads).threads or default_threads(),
+        )
 
 
 def run_tune(request: TuneRequest, *, name: str | None, output: Path | None, as_json: bool) -> None:
@@ -87,11 +90,13 @@ def run_tune(request: TuneRequest, *, name: str | None, output: Path | None, as_
     _need_torch()
     model = request.find_model()
     target = Target.choose(model, request.data, name, output)
-    spec = request.spec(model)
-    with Workplace({**spec, "identity": _identities(spec, model)}) as place:
-        paths = {"output": str(place.adapter), "state": str(place.state)}
+    spec = request.spec(model, Path())
+    hashes = file_hashes([spec.model, spec.data, *([spec.validation] if spec.validation else [])])
+    with Workplace({**asdict(spec), "files": hashes}) as place:
+        analysis = str(analysis_path(hashes[0]))
+        spec = replace(spec, output=str(place.adapter), state=str(place.state), analysis=analysis)
         with choose_view(as_json=as_json) as view:
-            end = _train({**spec, **paths}, view)
+            end = _train(spec, view)
         if end.done is None:
             if end.outcome.code in _HOPELESS:
                 place.remove()
@@ -104,9 +109,10 @@ def run_tune(request: TuneRequest, *, name: str | None, output: Path | None, as_
 def run_plan(request: TuneRequest, *, as_json: bool) -> None:
     """Analyses and prints. Raises EdgeLLMError; typer.Exit with 130 if it was stopped."""
     _need_torch()
-    spec = request.spec(request.find_model())
     with tempfile.TemporaryDirectory(prefix="edgellm-plan-") as folder:
-        spec |= {"output": str(Path(folder, "adapter.gguf")), "state": None, "only_plan": True}
+        spec = request.spec(request.find_model(), Path(folder, "adapter.gguf"))
+        model_hash, _ = file_hashes([spec.model, spec.data])
+        spec = replace(spec, only_plan=True, analysis=str(analysis_path(model_hash)))
         with choose_plan_view(as_json=as_json) as view:
             end = _train(spec, view)
     if end.done is None:
@@ -122,13 +128,6 @@ def _need_torch() -> None:
         raise ConfigError("fine-tuning needs torch: pip install 'edgellm[tune]'")
 
 
-def _identities(spec: Mapping[str, Any], model: StoredModel) -> list[object]:
-    """Of the files that the run reads: of the model, whose bytes may be many, its date."""
-    paths = [Path(spec[name]) for name in ("data", "validation") if spec[name] is not None]
-    status = model.path.stat()
-    return [[status.st_size, status.st_mtime_ns], *(identity(path) for path in paths)]
-
-
 @dataclass(frozen=True, slots=True)
 class _End:
     """How the trainer ended. `done`: its event of that name, which is not shown yet."""
@@ -138,7 +137,7 @@ class _End:
     interrupted: bool
 
 
-def _train(spec: Mapping[str, Any], view: View) -> _End:
+def _train(spec: RunSpec, view: View) -> _End:
     """Runs the trainer to its end. Ctrl-C asks it to stop, a second one kills it."""
     happened: queue.SimpleQueue[_News] = queue.SimpleQueue()
     done: Event | None = None
@@ -190,14 +189,14 @@ def _signals_into(happened: queue.SimpleQueue[_News]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _fail(end: _End, spec: Mapping[str, Any], going_on: str = "") -> NoReturn:
+def _fail(end: _End, spec: RunSpec, going_on: str = "") -> NoReturn:
     """Says why there is no result. `going_on`: how to do better than to begin anew."""
     outcome = end.outcome
     if end.interrupted:
         typer.echo(f"edgellm: stopped. {going_on}".rstrip(), err=True)
         raise typer.Exit(_INTERRUPTED)
     if outcome.faults:
-        path = spec["validation"] if outcome.param == "validation_file" else spec["data"]
+        path = spec.validation if outcome.param == "validation_file" else spec.data
         for line, text in outcome.faults:
             typer.echo(f"{path}:{line}: {text}" if line else f"{path}: {text}", err=True)
         raise ConfigError(f"{path} cannot be used: {many(len(outcome.faults), 'fault')}")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from serving.cli.tune_view import Event, JsonView, Teller, View, mebibytes
+from serving.cli.tune_view import Event, JsonView, Teller, View, duration, mebibytes
 
 _BAR_CELLS = 24
 _STRONGEST = 3  # matrices named of each layer
@@ -73,18 +73,18 @@ def contribution_table(found: Sequence[Mapping[str, Any]]) -> Table:
 def scheme_table(found: Iterable[Mapping[str, Any]]) -> Table:
     """A row a candidate, the chosen one marked."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("", "SCHEME", "LAYERS", "MATRICES", "PARAMETERS", "MEMORY", "A STEP", "SHARE OF THE GAIN"):
+    for title in ("", "SCHEME", "LAYERS", "MATRICES", "PARAMETERS", "MEMORY", "TIME", "SHARE OF THE GAIN"):
         table.add_column(title, justify="left" if title in ("", "SCHEME") else "right", overflow="fold")
     for event in found:
-        low_high = event["layers"]
+        low, high = event["layers"]
         table.add_row(
             "→" if event["chosen"] else "",
             event["text"],
-            "-".join(str(layer) for layer in low_high) if isinstance(low_high, list) else str(low_high),
+            f"{low}-{high}",
             f"{event['sites']:,}",
             f"{event['parameters']:,}",
             mebibytes(event["memory_bytes"]),
-            f"{event['seconds_per_step']:.2f} s",
+            duration(event["seconds"]),
             f"{event['share']:.0%}",
             style="bold" if event["chosen"] else None,
         )

@@ -99,6 +99,8 @@ class Teller:
                     yield f"{where}{event['message']}"
                 elif self._notices == _NOTICES_MAX + 1:
                     yield "and so on: --json has all notices"
+            case "analysing":
+                yield "measuring what each layer would bring; this is kept for the model"
             case "plan":
                 yield _plan(event)
             case "begun" if event["step"]:

@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +21,7 @@ from edgellm.errors import ConfigError, EdgeLLMError, ModelNotFoundError, ModelU
 from edgellm.models.store import AdapterStore
 from edgellm.tune.curve import read_curve
 from edgellm.tune.process import Outcome
+from edgellm.tune.spec import RunSpec
 from serving.cli import tune_place, tune_run
 from serving.cli.tune import tune_app
 from serving.cli.tune_place import Workplace
@@ -59,8 +61,8 @@ class Recorded:
     end = Outcome("done")
     made: list[Recorded] = []
 
-    def __init__(self, spec: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> None:
-        self.spec, self.on_event = dict(spec), on_event
+    def __init__(self, spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self.spec, self.on_event = asdict(spec), on_event
         self.stopped, self.killed = threading.Event(), threading.Event()
         self.made.append(self)
 
@@ -360,7 +362,7 @@ def contribution(layer: int, tensor: str, gain: float) -> dict[str, Any]:
 
 def scheme(text: str, layers: list[int], share: float, chosen: bool) -> dict[str, Any]:
     facts = {"text": text, "layers": layers, "sites": 4, "parameters": 5_000, "share": share, "chosen": chosen}
-    return {"event": "scheme", **facts, "memory_bytes": 50 << 20, "seconds_per_step": 0.25}
+    return {"event": "scheme", **facts, "memory_bytes": 50 << 20, "seconds": 125.0, "recompute": False}
 
 
 ANALYSIS = [
@@ -383,8 +385,8 @@ def test_the_plan_as_tables(recorded, model, data) -> None:
     assert ["2", "█" * 24, "75.0%", "ffn_up", "37.5%,", "attn_v", "37.5%"] in rows
     assert ["1", "█" * 8, "25.0%", "attn_v", "25.0%"] in rows
     assert ["0", "0.0%"] in rows
-    assert ["top-2", "1-2", "4", "5,000", "50", "MiB", "0.25", "s", "100%"] in rows
-    assert ["→", "2-2:attn_v", "2-2", "4", "5,000", "50", "MiB", "0.25", "s", "38%"] in rows
+    assert ["top-2", "1-2", "4", "5,000", "50", "MiB", "2", "min", "5", "s", "100%"] in rows
+    assert ["→", "2-2:attn_v", "2-2", "4", "5,000", "50", "MiB", "2", "min", "5", "s", "38%"] in rows
     spec = recorded.made[-1].spec
     assert (spec["only_plan"], spec["state"], spec["memory_budget_bytes"]) == (True, None, 1 << 30)
     assert works() == []
