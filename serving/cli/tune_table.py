@@ -73,7 +73,7 @@ def contribution_table(found: Sequence[Mapping[str, Any]]) -> Table:
 def scheme_table(found: Iterable[Mapping[str, Any]]) -> Table:
     """A row a candidate, the chosen one marked."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("", "SCHEME", "LAYERS", "MATRICES", "PARAMETERS", "MEMORY", "TIME", "SHARE OF THE GAIN"):
+    for title in ("", "SCHEME", "LAYERS", "MATRICES", "PARAMETERS", "MEMORY", "TIME", "OF THE GAIN"):
         table.add_column(title, justify="left" if title in ("", "SCHEME") else "right", overflow="fold")
     for event in found:
         low, high = event["layers"]
