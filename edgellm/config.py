@@ -90,7 +90,9 @@ class Settings(BaseSettings):
         "The first is the default model. "
         "None: the bundled SmolLM2-135M-Instruct.",
     )
-    adapter: TextList = Field((), description="LoRA adapter to load at start, as NAME=PATH; may be repeated.")
+    adapter: TextList = Field(
+        (), description="LoRA adapter to load at start: the name of a stored one, or NAME=PATH; may be repeated."
+    )
     keep_alive_s: Seconds = Field(
         300.0, ge=0, description="Unload a model idle for this long (30s, 5m, never). The default model stays."
     )
@@ -184,8 +186,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _adapters_have_names(self) -> Settings:
         for spec in self.adapter:
-            if "=" not in spec:
-                raise ValueError(f"adapter {spec!r}: write NAME=PATH")
+            name, given, path = spec.partition("=")
+            if not name or (given and not path):
+                raise ValueError(f"adapter {spec!r}: write NAME or NAME=PATH")
         return self
 
     @classmethod

@@ -31,7 +31,7 @@ from edgellm.errors import (
     ShuttingDownError,
 )
 from edgellm.models.bundled import DEFAULT_MODEL
-from edgellm.models.store import ModelStore, StoredModel
+from edgellm.models.store import AdapterStore, ModelStore, StoredModel
 from serving.metrics import Metrics, ModelSnapshot
 from serving.tuning import Tuning
 
@@ -103,7 +103,11 @@ class Service:
             self.template(loaded).caps()  # starts its process now rather than at the first request
         for spec in self.settings.adapter:
             name, _, path = spec.partition("=")
-            self.models.load_adapter(name, Path(path).expanduser())
+            file = Path(path).expanduser() if path else AdapterStore(self.store.home).find(name).path
+            self.models.load_adapter(name, file)
+
+    def start_tuning(self) -> None:
+        """Serves what fine-tuning has made, and goes on with jobs that were interrupted."""
         try:
             self.tuning.start()
         except EdgeLLMError as error:  # answers need no jobs

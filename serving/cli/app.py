@@ -114,6 +114,9 @@ def serve(
 @app.command()
 def chat(
     model: Annotated[str | None, typer.Option("--model", "-m", help="A GGUF path or a pulled model's name.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A LoRA adapter to talk to: the name of a stored one, or NAME=PATH.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system message to begin with.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens of this total probability.")] = 0.95,
@@ -126,9 +129,15 @@ def chat(
     from serving.cli.chat import ChatOptions, run_chat
 
     settings = load_settings(
-        model=(model,) if model else None, threads=threads, context_tokens=context_tokens, parallel=1, log_level="error"
+        model=(model,) if model else None,
+        adapter=(adapter,) if adapter else None,
+        threads=threads,
+        context_tokens=context_tokens,
+        parallel=1,
+        log_level="error",
     )
-    run_chat(settings, ChatOptions(system, temperature, top_p, max_tokens, seed))
+    name = adapter.partition("=")[0] if adapter else None
+    run_chat(settings, ChatOptions(system, temperature, top_p, max_tokens, seed, name))
 
 
 @app.command()

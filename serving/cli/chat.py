@@ -16,7 +16,7 @@ from rich.markup import escape
 from edgellm.chat.text import TextAssembler
 from edgellm.config import Settings
 from edgellm.engine.loaded import LoadedModel
-from edgellm.engine.types import ErrorEvent, Event, FinishEvent, GenerateRequest, SamplingParams
+from edgellm.engine.types import AdapterUse, ErrorEvent, Event, FinishEvent, GenerateRequest, SamplingParams
 from edgellm.errors import ContextLengthError, EdgeLLMError
 from serving.generation import token_budget
 from serving.service import Service
@@ -32,6 +32,7 @@ class ChatOptions:
     top_p: float
     max_tokens: int | None
     seed: int | None
+    adapter: str | None = None  # the name of a loaded one
 
 
 def run_chat(settings: Settings, options: ChatOptions) -> None:
@@ -42,19 +43,28 @@ def run_chat(settings: Settings, options: ChatOptions) -> None:
     with contextlib.closing(Service(settings)) as service:
         with Console(stderr=True).status(f"Loading {service.models.default} ..."):
             service.start()
-        model, _ = service.models.resolve(None)
+        model, adapters = service.models.resolve(options.adapter)
         with service.models.use(model) as loaded:
             if sys.stdin.isatty():
-                console.print(f"[bold]{model.name}[/bold]  Ctrl-C stops an answer, /reset starts over, /exit leaves.")
-            _Conversation(service, loaded, options, console).run()
+                name = options.adapter or model.name
+                console.print(f"[bold]{escape(name)}[/bold]  Ctrl-C stops an answer, /reset starts over, /exit leaves.")
+            _Conversation(service, loaded, options, console, adapters).run()
 
 
 class _Conversation:
-    def __init__(self, service: Service, loaded: LoadedModel, options: ChatOptions, console: Console) -> None:
+    def __init__(
+        self,
+        service: Service,
+        loaded: LoadedModel,
+        options: ChatOptions,
+        console: Console,
+        adapters: tuple[AdapterUse, ...],
+    ) -> None:
         self._service = service
         self._loaded = loaded
         self._options = options
         self._console = console
+        self._adapters = adapters
         self._start = [{"role": "system", "content": options.system}] if options.system else []
         self._messages: list[dict[str, Any]] = list(self._start)
 
@@ -108,6 +118,7 @@ class _Conversation:
             prompt=tuple(prompt),
             max_tokens=token_budget(options.max_tokens, len(prompt), loaded.context_tokens, "--max-tokens"),
             sampling=SamplingParams(temperature=options.temperature, top_p=options.top_p, seed=seed),
+            adapters=self._service.models.scaled(self._adapters),
         )
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         ticket = self._service.engine.submit(loaded.runner, request, events.put)

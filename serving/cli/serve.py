@@ -39,6 +39,7 @@ def run_server(settings: Settings) -> None:
         app = create_app(service)
         with console.status(f"Loading {service.models.default} ..."):
             service.start()
+            service.start_tuning()
         config = uvicorn.Config(
             app,
             log_config=None,

@@ -130,13 +130,14 @@ class Target:
         """Puts the adapter in its place, its metrics and their picture beside it. Raises AdapterError, StorageError."""
         try:
             if self.output is None:
-                AdapterStore().add(adapter, self.name, "tuned")
+                stored = AdapterStore().add(adapter, self.name)
+                AdapterStore().record(stored.path, "tuned", model=model.name)
             else:
                 copy_atomic(adapter, self.output)
             copy_atomic(metrics, self.metrics)
             curve = read_curve(metrics)
             if curve.train or curve.validation:
-                write_atomic(self.picture, draw_curve(curve, f"{self.name}: loss of {model.name}").encode())
+                write_atomic(self.picture, draw_curve(curve, f"{self.name}: loss of an answer's token").encode())
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
