@@ -16,7 +16,7 @@ import typer
 
 from edgellm.config import load_settings, parse_bytes
 from edgellm.engine.threads import default_threads
-from edgellm.errors import ConfigError, EdgeLLMError, ModelUnsupportedError, StorageError
+from edgellm.errors import BaseChangedError, ConfigError, EdgeLLMError, ModelUnsupportedError, StorageError
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import ModelStore, StoredModel
 from edgellm.tune.examples import Method
@@ -30,6 +30,7 @@ _News = Event | Outcome | signal.Signals | BaseException
 _INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 _ERRORS: dict[str, type[EdgeLLMError]] = {
     "invalid_value": ConfigError,
+    "model_changed": BaseChangedError,
     "model_unsupported": ModelUnsupportedError,
     "disk_full": StorageError,
 }
@@ -96,14 +97,22 @@ def run_tune(request: TuneRequest, *, name: str | None, output: Path | None, as_
         analysis = str(analysis_path(hashes[0]))
         spec = replace(spec, output=str(place.adapter), state=str(place.state), analysis=analysis)
         with choose_view(as_json=as_json) as view:
-            end = _train(spec, view)
-        if end.done is None:
-            if end.outcome.code in _HOPELESS:
-                place.remove()
-            _fail(end, spec, f"The same command goes on from its last checkpoint, in {place.folder}.")
-        target.keep(Path(end.done["adapter"]), Path(end.done["metrics"]), model)
+            if target.path.exists():
+                view.say(f"{target.path} will be replaced")
+            course = _train(spec, view)
+        if course.done is None:
+            _give_up(course, spec, place)
+        target.keep(Path(course.done["adapter"]), Path(course.done["metrics"]), model)
         place.remove()
-    _tell(view, end.done, target, request.model)
+    _tell(view, course.done, target, request.model)
+
+
+def _give_up(course: _Course, spec: RunSpec, place: Workplace) -> NoReturn:
+    """Keeps what the same command can go on with, and nothing else."""
+    if not course.saved or (course.outcome and course.outcome.code in _HOPELESS):
+        place.remove()
+        _fail(course, spec, "")
+    _fail(course, spec, f"The same command goes on from the last checkpoint, in {place.folder}.")
 
 
 def run_plan(request: TuneRequest, *, as_json: bool) -> None:
@@ -114,13 +123,13 @@ def run_plan(request: TuneRequest, *, as_json: bool) -> None:
         model_hash, _ = file_hashes([spec.model, spec.data])
         spec = replace(spec, only_plan=True, analysis=str(analysis_path(model_hash)))
         with choose_plan_view(as_json=as_json) as view:
-            end = _train(spec, view)
-    if end.done is None:
-        _fail(end, spec)
+            course = _train(spec, view)
+    if course.done is None:
+        _fail(course, spec, "")
     if isinstance(view, PlanView):
         view.print()
     else:
-        view.show(end.done)
+        view.show(course.done)
 
 
 def _need_torch() -> None:
@@ -128,33 +137,45 @@ def _need_torch() -> None:
         raise ConfigError("fine-tuning needs torch: pip install 'edgellm[tune]'")
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How the trainer ended. `done`: its event of that name, which is not shown yet."""
+@dataclass(slots=True)
+class _Course:
+    """A run as far as it has come."""
 
-    outcome: Outcome
-    done: Event | None
-    interrupted: bool
+    begun: bool = False
+    saved: bool = False  # there is a checkpoint
+    done: Event | None = None  # the event of that name, which is not shown yet
+    interrupts: int = 0
+    outcome: Outcome | None = None
+
+    def take(self, event: Event) -> None:
+        """Any event."""
+        match event["event"]:
+            case "begun":
+                self.begun, self.saved = True, event["step"] > 0
+            case "checkpoint":
+                self.saved = True
+            case "done":
+                self.done = event
 
 
-def _train(spec: RunSpec, view: View) -> _End:
+def _train(spec: RunSpec, view: View) -> _Course:
     """Runs the trainer to its end. Ctrl-C asks it to stop, a second one kills it."""
     happened: queue.SimpleQueue[_News] = queue.SimpleQueue()
-    done: Event | None = None
-    interrupts = 0
+    course = _Course()
     with _signals_into(happened), TrainerProcess(spec, happened.put) as process:
         threading.Thread(target=_wait, args=(process, happened), name="edgellm-tune-wait", daemon=True).start()
         while not isinstance(news := happened.get(), Outcome):
             if isinstance(news, BaseException):
                 raise news
             if isinstance(news, signal.Signals):
-                interrupts += 1
-                _interrupt(process, view, interrupts)
-            elif news["event"] == "done":
-                done = news
-            else:
+                course.interrupts += 1
+                _interrupt(process, view, course)
+                continue
+            course.take(news)
+            if news["event"] != "done":
                 view.show(news)
-    return _End(news, done, interrupts > 0)
+    course.outcome = news
+    return course
 
 
 def _wait(process: TrainerProcess, happened: queue.SimpleQueue[_News]) -> None:
@@ -164,11 +185,11 @@ def _wait(process: TrainerProcess, happened: queue.SimpleQueue[_News]) -> None:
         happened.put(error)
 
 
-def _interrupt(process: TrainerProcess, view: View, times: int) -> None:
-    if times == 1:
+def _interrupt(process: TrainerProcess, view: View, course: _Course) -> None:
+    if course.begun and course.interrupts == 1:
         view.say("stopping after this step; Ctrl-C again to stop at once")
         process.stop()
-    else:
+    else:  # before the first step nothing is lost
         process.kill()
 
 
@@ -189,10 +210,10 @@ def _signals_into(happened: queue.SimpleQueue[_News]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _fail(end: _End, spec: RunSpec, going_on: str = "") -> NoReturn:
-    """Says why there is no result. `going_on`: how to do better than to begin anew."""
-    outcome = end.outcome
-    if end.interrupted:
+def _fail(course: _Course, spec: RunSpec, going_on: str) -> NoReturn:
+    """Says why there is no result. `going_on`: what can be done about it, or nothing."""
+    outcome = course.outcome or Outcome("died")
+    if course.interrupts:
         typer.echo(f"edgellm: stopped. {going_on}".rstrip(), err=True)
         raise typer.Exit(_INTERRUPTED)
     if outcome.faults:
@@ -201,9 +222,9 @@ def _fail(end: _End, spec: RunSpec, going_on: str = "") -> NoReturn:
             typer.echo(f"{path}:{line}: {text}" if line else f"{path}: {text}", err=True)
         raise ConfigError(f"{path} cannot be used: {many(len(outcome.faults), 'fault')}")
     message = outcome.message
-    if outcome.kind == "died" and outcome.out_of_memory:
-        message += "; a smaller --memory, or --sparsity top-2, needs less"
-    if going_on and outcome.code not in _HOPELESS:
+    if outcome.out_of_memory:
+        message = "there was not enough memory; a smaller --memory, or --sparsity top-2, needs less"
+    if going_on:
         message = f"{message.rstrip('.')}. {going_on}"
     raise _ERRORS.get(outcome.code, EdgeLLMError)(message)
 

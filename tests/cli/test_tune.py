@@ -18,7 +18,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from edgellm.config import home_dir
-from edgellm.errors import ConfigError, EdgeLLMError, ModelNotFoundError, ModelUnsupportedError, StorageError
+from edgellm.errors import (
+    BaseChangedError,
+    ConfigError,
+    EdgeLLMError,
+    ModelNotFoundError,
+    ModelUnsupportedError,
+    StorageError,
+)
 from edgellm.models.store import AdapterStore
 from edgellm.tune.curve import read_curve
 from edgellm.tune.process import Outcome
@@ -50,6 +57,10 @@ def begun(steps: int = 4, done: int = 0) -> dict[str, Any]:
     return {"event": "begun", "steps": steps, "step": done, "steps_per_epoch": 2}
 
 
+SAVED = {
+    "event": "checkpoint", "step": 1, "loss": 2.0, "accuracy": 0.5, "valid_loss": None, "valid_accuracy": None,
+    "adapter": None,
+}  # fmt: skip
 VALIDATION = {"event": "validation", "step": 2, "loss": 2.5, "accuracy": 0.25}
 USUAL = [DATA, NOTICE, PLAN, begun(), step(1), step(2), VALIDATION, step(3), step(4)]
 Act = Callable[["Recorded"], None]
@@ -185,7 +196,7 @@ def test_an_output_of_ones_own(recorded, model, data, tmp_path) -> None:
     assert {file.name for file in tmp_path.glob("my*")} == {f"my adapter.v2.{end}" for end in ("gguf", "svg", "csv")}
     assert f"--adapter 'my-adapter.v2={path}'" in shown
     assert AdapterStore().list() == []
-    sound(tune("--model", model, "--data", data, "--output", path))  # an adapter may be replaced
+    assert f"{path} will be replaced" in sound(tune("--model", model, "--data", data, "--output", path))
 
 
 def test_outputs_that_cannot_be_are_told_before_the_run(recorded, model, data, tmp_path) -> None:
@@ -235,7 +246,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(recorded, m
         assert not trainer.killed.is_set()
         Path(trainer.spec["state"], "checkpoint").write_text("of step 1")
 
-    recorded.script[:] = [begun(), step(1), interrupt, stop, {"event": "stopped", "step": 1}]
+    recorded.script[:] = [begun(), step(1), interrupt, stop, SAVED, {"event": "stopped", "step": 1}]
     monkeypatch.setattr(recorded, "end", Outcome("stopped"))
     result = tune("--model", model, "--data", data)
     assert result.exit_code == 130
@@ -261,7 +272,7 @@ def test_a_second_ctrl_c_kills(recorded, model, data, monkeypatch) -> None:
         interrupt(trainer)
         assert trainer.killed.wait(60)
 
-    recorded.script[:] = [begun(), twice]
+    recorded.script[:] = [begun(), SAVED, twice]
     monkeypatch.setattr(recorded, "end", Outcome("died", "server_error", "killed by signal 9", signal=9))
     result = tune("--model", model, "--data", data)
     assert result.exit_code == 130
@@ -269,8 +280,32 @@ def test_a_second_ctrl_c_kills(recorded, model, data, monkeypatch) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_before_the_first_step_ends_at_once(recorded, model, data, monkeypatch) -> None:
+    def once(trainer: Recorded) -> None:
+        interrupt(trainer)
+        assert trainer.killed.wait(60)
+        assert not trainer.stopped.is_set()
+
+    recorded.script[:] = [DATA, once]
+    monkeypatch.setattr(recorded, "end", Outcome("died", "server_error", "killed by signal 9", signal=9))
+    for command in ((), ("plan",)):
+        result = tune(*command, "--model", model, "--data", data)
+        assert (result.exit_code, result.stderr) == (130, "edgellm: stopped.\n")
+    assert works() == []
+
+
+def test_what_failed_without_a_checkpoint_leaves_nothing(recorded, model, data, monkeypatch) -> None:
+    failing(recorded, monkeypatch, Outcome("died", "server_error", "the trainer ended with status 1: no"))
+    recorded.script.pop()
+    assert str(refused(tune("--model", model, "--data", data))) == "the trainer ended with status 1: no"
+    assert works() == []
+    recorded.script[:] = [begun(done=1)]
+    assert "The same command goes on" in str(refused(tune("--model", model, "--data", data)))
+    assert len(works()) == 1
+
+
 def test_another_state_is_not_mixed_up(recorded, model, data, monkeypatch) -> None:
-    recorded.script[:] = [begun(), {"event": "stopped", "step": 1}]
+    recorded.script[:] = [begun(), SAVED, {"event": "stopped", "step": 1}]
     monkeypatch.setattr(recorded, "end", Outcome("stopped"))
     tune("--model", model, "--data", data)
     assert len(works()) == 1
@@ -305,7 +340,7 @@ def test_folders_of_long_ago_are_removed(tmp_path, monkeypatch) -> None:
 
 
 def failing(recorded: type[Recorded], monkeypatch: pytest.MonkeyPatch, end: Outcome) -> None:
-    recorded.script[:] = [begun()]
+    recorded.script[:] = [begun(), SAVED]
     monkeypatch.setattr(recorded, "end", end)
 
 
@@ -325,6 +360,7 @@ def test_each_fault_of_the_data_is_a_line(recorded, model, data, monkeypatch) ->
     [
         (Outcome("failed", "invalid_value", "at least 300 MiB are needed"), ConfigError, "at least 300 MiB", 0),
         (Outcome("failed", "model_unsupported", "no moe"), ModelUnsupportedError, "no moe", 0),
+        (Outcome("failed", "model_changed", "another base"), BaseChangedError, "another base", 0),
         (Outcome("failed", "disk_full", "the disk is full"), StorageError, "The same command goes on", 1),
         (Outcome("died", "server_error", "killed by signal 9", signal=9), EdgeLLMError, "signal 9. The same", 1),
         (Outcome("died", "out_of_memory", "ran out", out_of_memory=True), EdgeLLMError, "a smaller --memory", 1),
