@@ -13,6 +13,7 @@ from serving.cli.tune_view import Event, JsonView, Teller, View, duration, mebib
 
 _BAR_CELLS = 24
 _STRONGEST = 3  # matrices named of each layer
+_SCHEME_CHARS_MAX = 28
 
 
 class PlanView(View):
@@ -41,7 +42,7 @@ class PlanView(View):
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def print(self) -> None:
-        """The tables, and the plan in a line."""
+        """The tables, and the plan in words."""
         if self._found["contribution"]:
             self._console.print(contribution_table(self._found["contribution"]))
         if self._found["scheme"]:
@@ -49,6 +50,7 @@ class PlanView(View):
         for plan in self._found["plan"]:
             for line in self._teller.lines(plan):
                 self.say(line)
+            self.say(f"the same without analysis: edgellm tune --sparsity {plan['sparsity']} ...")
 
 
 def contribution_table(found: Sequence[Mapping[str, Any]]) -> Table:
@@ -71,7 +73,7 @@ def contribution_table(found: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def scheme_table(found: Iterable[Mapping[str, Any]]) -> Table:
-    """A row a candidate, the chosen one marked."""
+    """A row a candidate, the chosen one marked. Schemes of many parts are cut short."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("", "SCHEME", "LAYERS", "MATRICES", "PARAMETERS", "MEMORY", "TIME", "OF THE GAIN"):
         table.add_column(title, justify="left" if title in ("", "SCHEME") else "right", overflow="fold")
@@ -79,7 +81,7 @@ def scheme_table(found: Iterable[Mapping[str, Any]]) -> Table:
         low, high = event["layers"]
         table.add_row(
             "→" if event["chosen"] else "",
-            event["text"],
+            text if len(text := event["text"]) <= _SCHEME_CHARS_MAX else text[: _SCHEME_CHARS_MAX - 1] + "…",
             f"{low}-{high}",
             f"{event['sites']:,}",
             f"{event['parameters']:,}",

@@ -410,6 +410,7 @@ ANALYSIS = [
     contribution(2, "attn_v", 1.5),
     scheme("top-2", [1, 2], 1.0, False),
     scheme("2-2:attn_v", [2, 2], 0.375, True),
+    scheme("1:attn_v+2:attn_q,attn_k,attn_v,attn_output", [1, 2], 0.5, False),
     PLAN,
 ]
 
@@ -424,6 +425,8 @@ def test_the_plan_as_tables(recorded, model, data) -> None:
     assert ["0", "0.0%"] in rows
     assert ["top-2", "1-2", "4", "5,000", "50", "MiB", "2", "min", "5", "s", "100%"] in rows
     assert ["→", "2-2:attn_v", "2-2", "4", "5,000", "50", "MiB", "2", "min", "5", "s", "38%"] in rows
+    assert ["1:attn_v+2:attn_q,attn_k,at…", "1-2"] in [row[:2] for row in rows]
+    assert lines[-1] == "the same without analysis: edgellm tune --sparsity top-2 ..."
     spec = recorded.made[-1].spec
     assert (spec["only_plan"], spec["state"], spec["memory_budget_bytes"]) == (True, None, 1 << 30)
     assert works() == []
