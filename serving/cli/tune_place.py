@@ -65,14 +65,17 @@ class Workplace:
 
     def _sweep(self) -> None:
         before_s = time.time() - _FORGOTTEN_S
-        with contextlib.suppress(OSError):
-            for folder in list(self._root.iterdir()):
-                if folder == self.folder or (folder / "state").stat().st_mtime > before_s:
-                    continue
-                lock = Ownership(folder)
-                if lock.acquire():
-                    shutil.rmtree(folder, ignore_errors=True)
-                    lock.release()
+        for folder in list(self._root.iterdir()) if self._root.is_dir() else []:
+            with contextlib.suppress(OSError, StorageError):
+                if folder != self.folder and (folder / "state").stat().st_mtime < before_s:
+                    _remove_idle(folder)
+
+
+def _remove_idle(folder: Path) -> None:
+    lock = Ownership(folder)
+    if lock.acquire():
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 def file_hashes(paths: Iterable[str]) -> list[str]:
