@@ -91,7 +91,7 @@ def file_hashes(paths: Iterable[str]) -> list[str]:
 
 def analysis_path(model_hash: str, home: Path | None = None) -> Path:
     """Where the contribution analysis of the model of that SHA-256 is kept."""
-    return (home or home_dir()) / "tuning" / "analyses" / f"{model_hash}.json"
+    return (home or home_dir()) / "tuning" / "analysis" / f"{model_hash}.json"
 
 
 @dataclass(frozen=True, slots=True)
