@@ -103,8 +103,19 @@ class Service:
             self.template(loaded).caps()  # starts its process now rather than at the first request
         for spec in self.settings.adapter:
             name, _, path = spec.partition("=")
-            file = Path(path).expanduser() if path else AdapterStore(self.store.home).find(name).path
-            self.models.load_adapter(name, file)
+            if path:
+                self.models.load_adapter(name, Path(path).expanduser())
+            else:
+                self._load_stored_adapter(name)
+
+    def _load_stored_adapter(self, name: str) -> None:
+        """For the model that it was made for, if that is known and served; else for the default model."""
+        store = AdapterStore(self.store.home)
+        stored = store.find(name)
+        base = store.facts(stored.path).get("model")
+        if base not in [model.name for model in self.models.models()]:
+            base = None
+        self.models.load_adapter(name, stored.path, str(base) if base else None)
 
     def start_tuning(self) -> None:
         """Serves what fine-tuning has made, and goes on with jobs that were interrupted."""

@@ -53,7 +53,7 @@ def candidates(
     whole = sum(max(0.0, gain) for gain in gains.values()) or 1.0
     found: dict[tuple[Site, ...], Candidate] = {}
     for depth in sorted({max(1, round(part * shape.layers)) for part in _DEPTHS}):
-        top = every_site(shape.layers, shape.layers - depth)
+        top = tuple(sorted(every_site(shape.layers, shape.layers - depth)))
         for sites in (top, _worthwhile(top, gains)):
             setting = fit(shape, sites, load, rank, item_bytes, budget_bytes)
             share = sum(max(0.0, gains[site]) for site in sites) / whole

@@ -91,6 +91,9 @@ def make_plan(spec: RunSpec, decoder: Decoder, examples: Examples, numbers: Hype
     analysis = _analysis(spec, decoder, examples, numbers, report)
     several = candidates(decoder.shape, analysis.gains, load, numbers.rank, item, budget)
     most = None if spec.time_budget_s is None else spec.time_budget_s * analysis.work_per_s
+    if spec.only_plan:
+        for site, gain in sorted(analysis.gains.items()):
+            report({"event": "contribution", "layer": site.layer, "tensor": site.tensor, "gain": gain})
     chosen = choose(several, budget, most) if spec.sparsity == "auto" else found
     if spec.only_plan:
         _tell(analysis, several if chosen in several else [*several, chosen], chosen, report)
@@ -128,8 +131,6 @@ def _analysis(
 
 
 def _tell(analysis: Analysis, found: list[Candidate], chosen: Candidate, report: Report) -> None:
-    for site, gain in sorted(analysis.gains.items()):
-        report({"event": "contribution", "layer": site.layer, "tensor": site.tensor, "gain": gain})
     for one in found:
         layers = sorted({site.layer for site in one.sites})
         report(

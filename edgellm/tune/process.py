@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol, Self
 
 from edgellm.errors import StorageError
-
-CHILD = "EDGELLM_TUNE_CHILD"
-"""Set to 1 for a trainer that is to end with its parent."""
+from edgellm.tune.own_process import CHILD
 
 TRAINER = (sys.executable, "-P", "-m", "edgellm.tune")  # -P: the working directory's modules are not ours
 _TAIL_LINES = 40

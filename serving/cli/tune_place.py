@@ -20,6 +20,7 @@ from edgellm.models.names import is_name, slug
 from edgellm.models.store import AdapterStore, ModelStore, StoredModel
 from edgellm.tune.curve import draw_curve, read_curve
 from edgellm.tune.ownership import LOCK, Ownership
+from edgellm.tune.served import TUNED
 
 _FORGOTTEN_S = 30 * 86_400
 _NAME_CHARS_MAX = 100
@@ -133,8 +134,7 @@ class Target:
         """Puts the adapter in its place, its metrics and their picture beside it. Raises AdapterError, StorageError."""
         try:
             if self.output is None:
-                stored = AdapterStore().add(adapter, self.name)
-                AdapterStore().record(stored.path, "tuned", model=model.name)
+                AdapterStore().add(adapter, self.name, TUNED, model=model.name)
             else:
                 copy_atomic(adapter, self.output)
             copy_atomic(metrics, self.metrics)

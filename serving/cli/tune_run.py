@@ -16,7 +16,14 @@ import typer
 
 from edgellm.config import load_settings, parse_bytes
 from edgellm.engine.threads import default_threads
-from edgellm.errors import BaseChangedError, ConfigError, EdgeLLMError, ModelUnsupportedError, StorageError
+from edgellm.errors import (
+    BaseChangedError,
+    ConfigError,
+    EdgeLLMError,
+    ModelUnsupportedError,
+    NotInstalledError,
+    StorageError,
+)
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import ModelStore, StoredModel
 from edgellm.tune.examples import Method
@@ -134,7 +141,7 @@ def run_plan(request: TuneRequest, *, as_json: bool) -> None:
 
 def _need_torch() -> None:
     if torch_missing():
-        raise ConfigError("fine-tuning needs torch: pip install 'edgellm[tune]'")
+        raise NotInstalledError("fine-tuning needs torch: pip install 'edgellm[tune]'")
 
 
 @dataclass(slots=True)
