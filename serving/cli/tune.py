@@ -21,6 +21,12 @@ _Model = Annotated[str | None, typer.Option("--model", "-m", help="A GGUF path o
 _Memory = Annotated[
     str | None, typer.Option("--memory", help="Most memory that training may take (2GiB). Default: what it needs.")
 ]
+_Time = Annotated[
+    str | None,
+    typer.Option(
+        "--time", help="About how long it may take (20m, 1h): less is trained if need be. Default: no matter."
+    ),
+]
 _Method = Annotated[
     Literal["supervised", "dpo"],
     typer.Option(help="Learn answers (supervised), or which of two answers is better (dpo)."),
@@ -40,6 +46,7 @@ def tune(
     ] = None,
     validation: Annotated[Path | None, typer.Option(help="Further examples, to measure on after each epoch.")] = None,
     memory: _Memory = None,
+    time: _Time = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Times to read the data. Default: 3 to 10.")
     ] = None,
@@ -83,6 +90,7 @@ def tune(
         data=data,
         validation=validation,
         memory=memory,
+        time=time,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate_multiplier=learning_rate_multiplier,
@@ -101,6 +109,7 @@ def plan(
     data: Annotated[Path, typer.Option("--data", "-d", help="Examples, one JSON object a line.")],
     model: _Model = None,
     memory: _Memory = None,
+    time: _Time = None,
     batch_size: _BatchSize = None,
     rank: _Rank = None,
     method: _Method = "supervised",
@@ -118,6 +127,7 @@ def plan(
         model=model,
         data=data,
         memory=memory,
+        time=time,
         batch_size=batch_size,
         rank=rank,
         method=method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import signal
 import tempfile
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from edgellm.config import load_settings, parse_bytes
+from edgellm.config import load_settings, parse_bytes, parse_seconds
 from edgellm.engine.threads import default_threads
 from edgellm.errors import (
     BaseChangedError,
@@ -52,6 +53,7 @@ class TuneRequest:
     data: Path
     validation: Path | None = None
     memory: str | None = None
+    time: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate_multiplier: float | None = None
@@ -75,6 +77,10 @@ class TuneRequest:
             memory = None if self.memory is None else int(parse_bytes(self.memory))
         except ValueError as error:
             raise ConfigError(f"--memory: {error}") from None
+        try:
+            time_s = None if self.time is None else float(parse_seconds(self.time))
+        except ValueError as error:
+            raise ConfigError(f"--time: {error}") from None
         return RunSpec(
             model=str(model.path),
             data=str(self.data.expanduser().absolute()),
@@ -88,6 +94,7 @@ class TuneRequest:
             rank=self.rank,
             sparsity=self.sparsity,
             memory_budget_bytes=memory,
+            time_budget_s=None if time_s == math.inf else time_s,
             seed=self.seed,
             threads=load_settings(threads=self.threads).threads or default_threads(),
         )

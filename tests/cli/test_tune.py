@@ -46,18 +46,29 @@ def test_what_is_told_to_the_trainer(recorded, model, data, tmp_path) -> None:
     spec = recorded.made[-1].spec
     assert spec["model"] == str(model)
     assert spec["data"] == str(data)
-    auto = ("validation", "beta", "epochs", "batch_size", "learning_rate_multiplier", "rank", "memory_budget_bytes")
+    auto = (
+        "validation",
+        "beta",
+        "epochs",
+        "batch_size",
+        "learning_rate_multiplier",
+        "rank",
+        "memory_budget_bytes",
+        "time_budget_s",
+    )
     assert {name: spec[name] for name in auto} == dict.fromkeys(auto)
     assert (spec["sparsity"], spec["method"], spec["seed"]) == ("auto", "supervised", 0)
     valid = write_data(tmp_path / "valid.jsonl")
     options = (
         "--epochs 5 --batch-size 2 --learning-rate-multiplier 0.5 --rank 4 --sparsity top-8 --method dpo --beta 0.2"
     )
-    sound(tune("--model", model, "--data", data, *options.split(), "--seed", 7, "--memory", "2GiB", "--threads", 3,
+    sound(tune("--model", model, "--data", data, *options.split(), "--seed", 7, "--memory", "2GiB", "--time", "20m",
+               "--threads", 3,
                "--validation", valid))  # fmt: skip
     expected = {
         "epochs": 5, "batch_size": 2, "learning_rate_multiplier": 0.5, "rank": 4, "sparsity": "top-8", "method": "dpo",
-        "beta": 0.2, "seed": 7, "memory_budget_bytes": 2 << 30, "threads": 3, "validation": str(valid),
+        "beta": 0.2, "seed": 7, "memory_budget_bytes": 2 << 30, "time_budget_s": 1200.0, "threads": 3,
+        "validation": str(valid),
     }  # fmt: skip
     assert {name: recorded.made[-1].spec[name] for name in expected} == expected
 
@@ -229,6 +240,7 @@ def test_failures(recorded, model, data, monkeypatch, end, kind, words, kept) ->
 
 def test_options_that_are_wrong(recorded, model, data, tmp_path) -> None:
     usual = ("--model", model, "--data", data)
+    assert "--time: not a duration" in str(refused(tune(*usual, "--time", "soon")))
     assert "--memory: not a size" in str(refused(tune(*usual, "--memory", "much")))
     assert "--beta" in str(refused(tune(*usual, "--beta", "0.1")))
     assert "cannot be read" in str(refused(tune("--model", model, "--data", tmp_path / "none.jsonl")))
