@@ -15,7 +15,7 @@ from edgellm.tune.architecture import Architecture
 from edgellm.tune.cost import Setting, memory_bytes, parameters, prefix_work, step_work
 from edgellm.tune.scheme import Site, every_site, scheme_text
 
-ENOUGH = 0.6
+ENOUGH = 0.75
 """Of the whole gain: deeper schemes cost more than they bring (docs/tuning.md has the measurements)."""
 
 _KEPT = 0.97  # of a top's gain, when its idlest matrices are left out

@@ -76,7 +76,7 @@ class _Run:
         self, spec: RunSpec, data: _Data, report: Report, folder: StateFolder | None, stop: threading.Event
     ) -> None:
         self._spec, self._data, self._report, self._folder, self._stop = spec, data, report, folder, stop
-        self._numbers: Hyperparameters = decide(spec, len(data.training))
+        self._numbers: Hyperparameters
         self._history = History()
         self._trained_tokens = 0
         self._trainer: Trainer
@@ -89,6 +89,7 @@ class _Run:
         if saved is not None:
             _check_identity(saved["identity"], self._identity)
         self._decoder = Decoder(BaseWeights(Path(spec.model), threads=spec.threads), dtype=compute_type())
+        self._numbers = decide(spec, len(self._data.training), self._decoder.shape.width)
         if saved is not None:
             self._plan = Planned(**saved["plan"])
         else:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgellm.errors import ConfigError
-from edgellm.tune.defaults import LEARNING_RATE, decide
+from edgellm.tune.defaults import decide
 from edgellm.tune.spec import RunSpec
 
 PATHS = {"model": "m.gguf", "data": "d.jsonl", "output": "a.gguf"}
@@ -49,10 +49,18 @@ def test_what_is_no_order_is_refused(text: str, words: str) -> None:
 
 
 def test_what_is_said_is_kept_and_the_rest_is_chosen() -> None:
-    said = decide(RunSpec(**PATHS, epochs=2, batch_size=5, rank=4, learning_rate_multiplier=0.5), 1000)  # type: ignore[arg-type]
-    assert (said.epochs, said.batch_size, said.rank) == (2, 5, 4)
-    assert said.learning_rate == LEARNING_RATE / 2
-    few, many = (decide(RunSpec(**PATHS), count) for count in (10, 10_000))
+    spec = RunSpec(**PATHS, epochs=2, batch_size=5, rank=4, learning_rate_multiplier=0.5)  # type: ignore[arg-type]
+    said = decide(spec, 1000, 576)
+    assert (said.epochs, said.batch_size, said.rank, said.learning_rate_multiplier) == (2, 5, 4, 0.5)
+    few, many = (decide(RunSpec(**PATHS), count, 576) for count in (10, 10_000))
+    assert said.learning_rate == few.learning_rate / 2
     assert few.epochs > many.epochs
     assert few.batch_size < many.batch_size
-    assert decide(RunSpec(**PATHS, batch_size=64), 10).batch_size == 10  # type: ignore[arg-type]
+    assert decide(RunSpec(**PATHS, batch_size=64), 10, 576).batch_size == 10  # type: ignore[arg-type]
+
+
+def test_wider_models_and_preferences_take_smaller_steps() -> None:
+    narrow, wide = (decide(RunSpec(**PATHS), 100, width).learning_rate for width in (576, 4096))
+    assert narrow == pytest.approx(2e-3, rel=0.01)
+    assert wide == pytest.approx(narrow * 576 / 4096)
+    assert decide(RunSpec(**PATHS, method="dpo"), 100, 576).learning_rate < narrow / 2  # type: ignore[arg-type]
