@@ -166,7 +166,7 @@ class _Run:
         for step in trainer.steps():
             self._tell_step(step, time.monotonic() - started)
             epoch_ends = step.step % per_epoch == 0
-            if epoch_ends:
+            if self._is_looked_at(step.step):
                 self._validate()
             if epoch_ends or step.step % self._numbers.checkpoint_steps == 0 or self._stop.is_set():
                 self._checkpoint(step, with_adapter=epoch_ends)
@@ -175,6 +175,11 @@ class _Run:
                 return
             started = time.monotonic()
         self._finish()
+
+    def _is_looked_at(self, step: int) -> bool:
+        """Whether the validation examples are looked at behind this step: at an epoch's end, and evenly before."""
+        per_epoch, looks = self._trainer.steps_per_epoch, self._spec.validations_per_epoch
+        return (step * looks) // per_epoch > ((step - 1) * looks) // per_epoch
 
     def _tell_step(self, step: StepMetrics, seconds: float) -> None:
         self._trained_tokens += step.trained_tokens

@@ -15,7 +15,7 @@ from edgellm.tune.scheme import check_scheme
 ROW_TOKENS = 512
 """The training length, if nothing else is asked for."""
 
-_WHOLE = ("epochs", "batch_size", "rank", "checkpoint_steps", "memory_budget_bytes", "threads")
+_WHOLE = ("epochs", "batch_size", "rank", "checkpoint_steps", "memory_budget_bytes", "threads", "validations_per_epoch")
 _NUMBERS = ("beta", "learning_rate_multiplier", "alpha", "time_budget_s")
 
 
@@ -43,6 +43,7 @@ class RunSpec:
     memory_budget_bytes: int | None = None  # most private memory of the process
     time_budget_s: float | None = None  # about how long it may take; a wish, not a limit
     checkpoint_steps: int | None = None
+    validations_per_epoch: int = 1
     row_tokens: int = ROW_TOKENS
     seed: int = 0
     threads: int = 1

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench.client import BenchError
 
+from bench.client import BenchError
 from edgellm.backend.model import Model
 from edgellm.chat.template import ChatTemplate
 from edgellm.models.describe import describe

@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from bench import tune_data
 from bench.client import BenchError
 from bench.tune_data import Rows
 from bench.tune_runs import Point, Run, watch
-
 from edgellm.models.gguf import read_header
 from edgellm.models.split import split_headers
-from edgellm.tune.architecture import read_architecture
-from edgellm.tune.defaults import LEARNING_RATE
+from edgellm.tune.architecture import Architecture, read_architecture
+from edgellm.tune.defaults import learning_rate
 from edgellm.tune.scheme import parse_scheme
 from edgellm.tune.spec import RunSpec
 
@@ -31,7 +30,7 @@ WAYS = {
     "b": "PEFT, our matrices",
     "c": "TRL, its defaults",
 }
-RATES = {"ours": LEARNING_RATE, "full": 1e-3, "a": 1e-3, "b": 1e-3, "c": 1e-3}
+RATES = {"ours": 2e-3, "full": 2e-3, "a": 2e-3, "b": 2e-3, "c": 1e-3}
 """Where nothing else is asked for."""
 
 _MODULES = {
@@ -107,7 +106,6 @@ class Bench:
             "output": str(self._folder / f"{way}.gguf"),
             "epochs": one.epochs,
             "batch_size": one.batch_size,
-            "learning_rate_multiplier": rate / LEARNING_RATE,
             "rank": one.rank,
             "alpha": one.alpha,
             "sparsity": "none" if way == "full" else one.sparsity,
@@ -115,9 +113,9 @@ class Bench:
             "row_tokens": one.row_tokens,
             "seed": one.seed,
             "threads": one.threads,
+            "validations_per_epoch": one.validations_per_epoch,
         }
-        if "validations_per_epoch" in {field.name for field in fields(RunSpec)}:
-            given["validations_per_epoch"] = one.validations_per_epoch
+        given["learning_rate_multiplier"] = rate / learning_rate(RunSpec(**given), self._shape().width)
         run = self._finished(way, [sys.executable, "-m", "edgellm.tune"], given)
         if way == "ours":
             self._scheme = run.plan["sparsity"]
@@ -176,8 +174,11 @@ class Bench:
         """What the rivals' library calls the matrices that ours trained."""
         if self._scheme is None:
             raise BenchError("b trains the matrices that ours chose: run ours as well, or say --sparsity SCHEME")
-        layers = read_architecture(split_headers(read_header(self.setting.model))).layers
-        return [f"layers.{site.layer}.{_MODULES[site.tensor]}" for site in parse_scheme(self._scheme, layers)]
+        sites = parse_scheme(self._scheme, self._shape().layers)
+        return [f"layers.{site.layer}.{_MODULES[site.tensor]}" for site in sites]
+
+    def _shape(self) -> Architecture:
+        return read_architecture(split_headers(read_header(self.setting.model)))
 
     def _watch_rival(self, name: str, task: dict[str, Any]) -> Run:
         if self._python is None:
