@@ -25,6 +25,7 @@ from edgellm.tune.data import TrainingSet, load_file
 from edgellm.tune.decoder import Decoder
 from edgellm.tune.defaults import Hyperparameters, decide
 from edgellm.tune.export import export_adapter
+from edgellm.tune.hashes import ModelHashes
 from edgellm.tune.history import History
 from edgellm.tune.lora import Lora, LoraConfig
 from edgellm.tune.objective import BETA
@@ -308,9 +309,10 @@ _WHAT_COUNTS = (
 
 def _identity(spec: RunSpec) -> dict[str, Any]:
     """What must be the same for a run to be gone on with."""
-    files = {"model": spec.model, "data": spec.data, "validation": spec.validation}
-    hashes = {name: path and sha256_file(Path(path)) for name, path in files.items()}
-    return hashes | {name: getattr(spec, name) for name in _WHAT_COUNTS}
+    found: dict[str, Any] = {"model": ModelHashes().sha256(Path(spec.model))}
+    for name, path in (("data", spec.data), ("validation", spec.validation)):
+        found[name] = path and sha256_file(Path(path))
+    return found | {name: getattr(spec, name) for name in _WHAT_COUNTS}
 
 
 def _check_identity(saved: dict[str, Any], mine: dict[str, Any]) -> None:

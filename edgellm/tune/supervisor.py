@@ -324,6 +324,7 @@ class Supervisor:
             rank=asked.get("lora_rank"),
             sparsity=asked.get("sparsity", "auto"),
             memory_budget_bytes=asked.get("memory_budget_bytes"),
+            time_budget_s=asked.get("time_budget_s"),
             seed=request.seed,
             threads=self._threads,
             analysis=str(state.parent / "analysis" / f"{sha256}.json"),

@@ -64,6 +64,9 @@ class Hyperparameters(_Strict):
     memory_budget_bytes: Size | None = Field(
         default=None, description='Extension. Most memory that the trainer may need: bytes, or a text such as "2GiB".'
     )
+    time_budget_s: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None, description="Extension. About how many seconds it may take: less is trained if need be."
+    )
 
     def as_json(self) -> dict[str, Any]:
         """What was given; sizes in bytes."""
