@@ -179,7 +179,8 @@ class JobStore:
         hyperparameters: dict[str, Any] | None = None,
         checkpoint_step: int | None = None,
     ) -> Job:
-        """Note what is given of a running job. Raises JobNotFoundError, JobStateError."""
+        """Note what is given of a running job; a checkpoint also of a paused one, whose trainer writes it before it
+        ends. Raises JobNotFoundError, JobStateError."""
         given = {
             "trained_tokens": trained_tokens,
             "estimated_finish": estimated_finish,
@@ -187,7 +188,7 @@ class JobStore:
             "checkpoint_step": checkpoint_step,
         }
         with self._database.transaction() as connection:
-            job = _running(connection, job_id)
+            job = _running(connection, job_id, or_paused=checkpoint_step is not None)
             changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
             job = replace(job, progress=replace(job.progress, **changes))
             connection.execute("UPDATE jobs SET progress = ? WHERE id = ?", (_dump(asdict(job.progress)), job_id))
