@@ -369,16 +369,20 @@ def test_a_deleted_file_and_a_changed_base(tmp_path: Path, tiny_model: Path) -> 
     model = tmp_path / "tiny.gguf"
     shutil.copy(tiny_model, model)
     with serving(tmp_path / "home", "--model", str(model)) as server, client_of(server) as client:
+        lost = upload(client)
         first = create(client, upload(client), method=method(n_epochs=50)).id
-        lost, changed = upload(client), upload(client)
-        second, third = create(client, lost).id, create(client, changed).id
+        second = create(client, lost).id
         client.files.delete(lost)
-        other = write_tiny_llama(tmp_path / "other.gguf", width=128)
-        os.replace(other, model)
         client.fine_tuning.jobs.cancel(first)
-        for job, code, param in ((second, "file_not_found", "training_file"), (third, "model_changed", "model")):
-            error = ended(client, job).error
-            assert (error.code, error.param) in ((code, param), ("model_changed", "model")), error
+        error = ended(client, second).error
+        assert (error.code, error.param) == ("file_not_found", "training_file")
+        third = create(client, upload(client), method=method(n_epochs=50)).id
+        fourth = create(client, upload(client)).id
+        until_said(client, third, "Training on")
+        os.replace(write_tiny_llama(tmp_path / "other.gguf", seed=1), model)
+        client.fine_tuning.jobs.cancel(third)
+        error = ended(client, fourth).error
+        assert (error.code, error.param) == ("model_changed", "model")
         server.assert_alive()
 
 
@@ -393,10 +397,9 @@ def test_a_full_disk(tmp_path: Path, tiny_model: Path) -> None:
         with serving(home, "--model", str(tiny_model)) as server, client_of(server) as client:
             job = create(client, upload(client), method=method(n_epochs=50)).id
             until_said(client, job, "Step 10/")
-            with (home / "filler").open("wb") as filler, contextlib.suppress(OSError):
+            with (home / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
                 while True:
                     filler.write(bytes(4096))
-                    filler.flush()
             error = ended(client, job).error
             assert error.code in ("storage_failed", "disk_full")
             (home / "filler").unlink()
