@@ -273,6 +273,41 @@ class TestAdapters:
         with manager.use(_model(manager, "second")) as loaded:
             assert set(loaded.runner.adapters) == {"tone"}
 
+    def test_one_that_is_registered_loads_nothing(self, make: Make, loras: dict[str, Path]) -> None:
+        manager = make()
+        second = _model(manager, "second")
+        record = manager.register_adapter("ft:x", loras["one"], second, owner="local", created=5)
+        assert (record.owner, record.created, manager.loaded()) == ("local", 5, [])
+        with manager.use(second) as loaded:
+            assert set(loaded.runner.adapters) == {"ft:x"}
+            manager.register_adapter("ft:y", loras["two"], second, owner="local", created=6)
+            assert set(loaded.runner.adapters) == {"ft:x", "ft:y"}
+            assert loaded.leases == 1
+        with pytest.raises(AdapterError, match="architecture"):
+            manager.register_adapter("ft:z", loras["one"], _model(manager, "third"), owner="local", created=7)
+
+    def test_one_that_is_registered_while_its_model_is_loaded_is_attached(
+        self, make: Make, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also if the load had already listed the adapters that it attaches."""
+        manager = make()
+        second = _model(manager, "second")
+        manager.register_adapter("ft:x", loras["one"], second, owner="local", created=5)
+        attach_again, made = manager._attach_again, []
+
+        def meanwhile(*arguments: object) -> None:
+            attach_again(*arguments)  # type: ignore[arg-type]
+            register = threading.Thread(
+                target=lambda: manager.register_adapter("ft:y", loras["two"], second, owner="local", created=6)
+            )
+            register.start()
+            made.append(register)
+
+        monkeypatch.setattr(manager, "_attach_again", meanwhile)
+        with manager.use(second) as loaded:
+            made[0].join(PATIENCE_S)
+            assert set(loaded.runner.adapters) == {"ft:x", "ft:y"}
+
     @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40])])
     def test_an_adapter_whose_file_went_or_broke_is_withdrawn_and_its_model_serves_on(
         self, make: Make, left: _Left, tmp_path: Path, llama: Path, spoil: Callable[[Path], object]
