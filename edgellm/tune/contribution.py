@@ -21,7 +21,7 @@ from edgellm.tune.lora import Lora, LoraConfig
 from edgellm.tune.loss import token_losses
 from edgellm.tune.scheme import Site, every_site
 
-TOKENS = 4096
+TOKENS = 2048
 """Of the examples to look at."""
 
 Gains = dict[Site, float]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edgellm.tune.architecture import TARGETS, Architecture, matrix_shape
 from edgellm.tune.scheme import Site
 
-PROCESS_BYTES = 260 << 20
+PROCESS_BYTES = 220 << 20
 """The interpreter with torch and llama.cpp's vocabulary, threads and what the allocator keeps; measured."""
 
 LOGITS_BYTES = 96 << 20
@@ -17,6 +17,7 @@ LOGITS_BYTES = 96 << 20
 SHORT = 512
 """Sequences of so many tokens keep their attention's weights for backward; longer ones do not."""
 
+_KEPT = 1.2  # by which what the allocator takes for a layer exceeds what is asked of it; measured
 _LOGITS_COPIES = 3  # logits, and a block's worth of probabilities and gradients
 _EXPANDED = 3  # matrices of the widest kind, expanded at a time, with their products
 
@@ -55,7 +56,7 @@ def _layer_bytes(shape: Architecture, setting: Setting) -> int:
     floats = 2 * shape.width  # the stream before attention and before the feed-forward part
     items = 2 * shape.width + 2 * queries + 2 * keys + 3 * shape.hidden + len(TARGETS) * setting.rank
     items += shape.heads * min(setting.longest, SHORT)  # attention's weights
-    return setting.pack_tokens * (4 * floats + setting.item_bytes * items)
+    return int(_KEPT * setting.pack_tokens * (4 * floats + setting.item_bytes * items))
 
 
 def _prefix_bytes(shape: Architecture, setting: Setting) -> int:

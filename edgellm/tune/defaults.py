@@ -13,6 +13,7 @@ _RATE_WIDTH = 1.15
 """The learning rate for a multiplier of 1, times the model's width. Wider models want smaller steps (arXiv 2203.03466):
 2e-3 was best for SmolLM2 of width 576, and 3e-4 is usual at 4096."""
 
+_RATE_MAX = 2e-3
 _PREFERENCE_SHARE = 0.1  # of that rate for dpo, which forgets the model's language when it hurries
 
 _EPOCHS = 3
@@ -38,7 +39,7 @@ class Hyperparameters:
 def learning_rate(spec: RunSpec, width: int) -> float:
     """For a model of that width."""
     share = _PREFERENCE_SHARE if spec.method == "dpo" else 1.0
-    return share * _RATE_WIDTH / width * (spec.learning_rate_multiplier or 1.0)
+    return share * min(_RATE_MAX, _RATE_WIDTH / width) * (spec.learning_rate_multiplier or 1.0)
 
 
 def decide(spec: RunSpec, examples: int, width: int) -> Hyperparameters:

@@ -18,6 +18,8 @@ from edgellm.tune.scheme import Site, every_site, scheme_text
 ENOUGH = 0.75
 """Of the whole gain: deeper schemes cost more than they bring (docs/tuning.md has the measurements)."""
 
+_SURE = 1.08  # an estimate of memory is out by so much at most
+_RESERVED = 128 << 20  # the kernel, which holds the process to its budget, counts what the allocator keeps in reserve
 _KEPT = 0.97  # of a top's gain, when its idlest matrices are left out
 _DEPTHS = (1 / 15, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3, 0.4, 1 / 2, 2 / 3, 0.8, 1.0)  # of the layers
 _PACKS = (2048, 1024, 512, 256)  # tokens of a pack, tried from the most; never less than the longest example
@@ -83,9 +85,9 @@ def choose(
 
     Raises ConfigError with the least memory that would do.
     """
-    fitting = [one for one in found if budget_bytes is None or one.memory_bytes <= budget_bytes]
+    fitting = [one for one in found if fits(one.memory_bytes, budget_bytes)]
     if not fitting:
-        raise ConfigError(too_small(min(one.memory_bytes for one in found), budget_bytes or 0))
+        raise ConfigError(too_small(min(one.memory_bytes for one in found), budget_bytes))
     timely = [one for one in fitting if most_work is None or one.work <= most_work] or [
         min(fitting, key=lambda one: one.work)
     ]
@@ -109,15 +111,26 @@ def fit(
         Setting(rank, tokens, load.longest, item_bytes, recompute) for recompute in (False, True) for tokens in packs
     ]
     for setting in settings:
-        if budget_bytes is None or memory_bytes(shape, sites, setting) <= budget_bytes:
+        if fits(memory_bytes(shape, sites, setting), budget_bytes):
             return setting
     return settings[-1]
 
 
-def too_small(needed_bytes: int, budget_bytes: int) -> str:
+def fits(needed_bytes: int, budget_bytes: int | None) -> bool:
+    """Whether an estimate is surely within the budget."""
+    return budget_bytes is None or surely(needed_bytes) <= budget_bytes
+
+
+def surely(needed_bytes: int) -> int:
+    """A budget within which an estimate is safe."""
+    return int(needed_bytes * _SURE) + _RESERVED
+
+
+def too_small(needed_bytes: int, budget_bytes: int | None) -> str:
     """What to say where nothing fits."""
+    needed_mib = -(-surely(needed_bytes) >> 20)
     return (
-        f"the memory budget of {budget_bytes >> 20} MiB is too small: at least about {-(-needed_bytes >> 20)} MiB are "
+        f"the memory budget of {(budget_bytes or 0) >> 20} MiB is too small: at least about {needed_mib} MiB are "
         "needed here; shorter examples, a smaller rank or fewer layers need less"
     )
 

@@ -17,7 +17,7 @@ from edgellm.tune.cost import layer_work
 from edgellm.tune.decoder import Decoder
 from edgellm.tune.defaults import Hyperparameters
 from edgellm.tune.lora import LoraConfig
-from edgellm.tune.plan import Candidate, Load, candidates, choose, fit, price, too_small
+from edgellm.tune.plan import Candidate, Load, candidates, choose, fit, fits, price, too_small
 from edgellm.tune.scheme import Site, parse_scheme
 from edgellm.tune.spec import RunSpec
 
@@ -84,7 +84,7 @@ def make_plan(spec: RunSpec, decoder: Decoder, examples: Examples, numbers: Hype
         sites = parse_scheme(spec.sparsity, decoder.shape.layers)
         setting = fit(decoder.shape, sites, load, numbers.rank, item, budget)
         found = price(decoder.shape, sites, setting, load, 1.0)
-        if budget is not None and found.memory_bytes > budget:
+        if not fits(found.memory_bytes, budget):
             raise ConfigError(too_small(found.memory_bytes, budget))
         if not spec.only_plan:
             return Planned.of(found)

@@ -121,7 +121,7 @@ def test_the_whole_story(tuner: Server, client: openai.OpenAI) -> None:
         suffix="My App",
         seed=5,
         metadata={"for": "tests"},
-        method=method(n_epochs=8, learning_rate_multiplier=0.5),
+        method=method(n_epochs=8, learning_rate_multiplier=5),
     )
     assert (job.object, job.status, job.training_file, job.seed) == ("fine_tuning.job", "queued", file, 5)
     assert (job.error, job.fine_tuned_model, job.trained_tokens, job.result_files) == (None, None, None, [])
@@ -130,7 +130,7 @@ def test_the_whole_story(tuner: Server, client: openai.OpenAI) -> None:
     name = f"ft:tiny:local:my-app:{job.id[6:14]}"
     assert done.fine_tuned_model == name
     assert done.hyperparameters.batch_size == 2
-    assert done.hyperparameters.learning_rate_multiplier == 0.5
+    assert done.hyperparameters.learning_rate_multiplier == 5
     assert done.trained_tokens > 0
     assert client.files.content(done.result_files[0]).text.startswith("step,train_loss,")
     asked = [{"role": "user", "content": "hello 3"}]

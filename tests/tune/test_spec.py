@@ -62,5 +62,8 @@ def test_what_is_said_is_kept_and_the_rest_is_chosen() -> None:
 def test_wider_models_and_preferences_take_smaller_steps() -> None:
     narrow, wide = (decide(RunSpec(**PATHS), 100, width).learning_rate for width in (576, 4096))
     assert narrow == pytest.approx(2e-3, rel=0.01)
-    assert wide == pytest.approx(narrow * 576 / 4096)
+    assert wide == pytest.approx(narrow * 576 / 4096, rel=0.01)
+    assert decide(RunSpec(**PATHS), 100, 64).learning_rate == pytest.approx(
+        narrow, rel=0.01
+    )  # tiny models make no exception
     assert decide(RunSpec(**PATHS, method="dpo"), 100, 576).learning_rate < narrow / 2  # type: ignore[arg-type]
