@@ -16,6 +16,8 @@ CHILD = "EDGELLM_TUNE_CHILD"
 """Set to 1 by a parent that speaks to the process by its standard input."""
 
 _NICE = 19
+_LOOK_S = 0.05
+_RESERVE_BYTES = 512 << 20
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _STATUS = Path("/proc/self/status")
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -33,15 +35,38 @@ def step_back() -> None:
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
 
 
-def limit_memory(most_bytes: int) -> None:
-    """From now on, an allocation over so much private memory fails instead of being given. Linux only.
+class MemoryWatch:
+    """Looks at the process's private memory many times a second, and holds it to a budget.
 
-    What the process has reserved so far and not touched, thread stacks for the most part, is not counted.
+    Over the budget, `take_peak` says so. Far over it, allocations fail (Linux): the kernel counts what is reserved, of
+    which libraries do not touch all, so its limit must be wider.
     """
-    if sys.platform.startswith("linux"):
-        untouched = max(0, _status_bytes("VmData") - private_bytes())
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes + untouched, hard))
+
+    def __init__(self, budget_bytes: int | None) -> None:
+        self._budget_bytes = budget_bytes
+        self._peak = 0
+        self._over = threading.Event()
+        if budget_bytes is not None and sys.platform.startswith("linux"):
+            untouched = max(0, _status_bytes("VmData") - private_bytes())
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (budget_bytes + untouched + _RESERVE_BYTES, hard))
+        threading.Thread(target=self._look, name="edgellm-tune-memory", daemon=True).start()
+
+    def take_peak(self) -> int:
+        """The most bytes since the last call. Raises MemoryError if that is more than the budget."""
+        peak = max(self._peak, private_bytes())
+        self._peak = 0
+        if self._budget_bytes is not None and peak > self._budget_bytes:
+            raise MemoryError(f"{peak} bytes are more than the budget of {self._budget_bytes}")
+        return peak
+
+    def close(self) -> None:
+        """Ends the looking. The limit stays."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            self._peak = max(self._peak, private_bytes())
 
 
 def private_bytes() -> int:

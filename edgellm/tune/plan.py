@@ -19,7 +19,6 @@ ENOUGH = 0.75
 """Of the whole gain: deeper schemes cost more than they bring (docs/tuning.md has the measurements)."""
 
 _SURE = 1.08  # an estimate of memory is out by so much at most
-_RESERVED = 128 << 20  # the kernel, which holds the process to its budget, counts what the allocator keeps in reserve
 _KEPT = 0.97  # of a top's gain, when its idlest matrices are left out
 _DEPTHS = (1 / 15, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3, 0.4, 1 / 2, 2 / 3, 0.8, 1.0)  # of the layers
 _PACKS = (2048, 1024, 512, 256)  # tokens of a pack, tried from the most; never less than the longest example
@@ -123,7 +122,7 @@ def fits(needed_bytes: int, budget_bytes: int | None) -> bool:
 
 def surely(needed_bytes: int) -> int:
     """A budget within which an estimate is safe."""
-    return int(needed_bytes * _SURE) + _RESERVED
+    return int(needed_bytes * _SURE)
 
 
 def too_small(needed_bytes: int, budget_bytes: int | None) -> str:

@@ -29,7 +29,7 @@ from edgellm.tune.hashes import ModelHashes
 from edgellm.tune.history import History
 from edgellm.tune.lora import Lora, LoraConfig
 from edgellm.tune.objective import BETA
-from edgellm.tune.own_process import limit_memory, private_bytes
+from edgellm.tune.own_process import MemoryWatch
 from edgellm.tune.planner import Planned, make_plan
 from edgellm.tune.prefix_cache import PrefixCache
 from edgellm.tune.scheme import parse_scheme
@@ -148,11 +148,11 @@ class _Run:
             self._trained_tokens = int(self._saved["trained_tokens"])
             self._saved = None
         self._trainer = trainer
-        if spec.memory_budget_bytes is not None:
-            limit_memory(spec.memory_budget_bytes)
+        self._memory = MemoryWatch(spec.memory_budget_bytes)
         try:
             yield
         finally:
+            self._memory.close()
             if cache is not None:
                 cache.close()
 
@@ -195,7 +195,7 @@ class _Run:
             "all_tokens": step.all_tokens,
             "learning_rate": step.learning_rate,
             "seconds": round(seconds, 3),
-            "memory_bytes": private_bytes(),
+            "memory_bytes": self._memory.take_peak(),
         }
         self._report(event | ({"margin": step.margin} if self._spec.method == "dpo" else {}))
 
