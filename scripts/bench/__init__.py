@@ -1,1 +1,1 @@
-"""What scripts/bench_serving is made of. Standard library only, so that the client stays light."""
+"""What scripts/bench_serving and scripts/bench_tune are made of. The client is standard library only, to stay light."""
