@@ -91,11 +91,12 @@ class _Memory:
 
     def _unnamed_files(self) -> Iterator[int]:
         """The disk of each."""
-        for entry in os.scandir(self._proc / "fd"):
+        for name in os.listdir(self._proc / "fd"):
+            path = self._proc / "fd" / name
             with contextlib.suppress(OSError):
-                target = os.readlink(entry.path)
+                target = os.readlink(path)
                 if target.endswith(" (deleted)") and not target.startswith(("/memfd:", "/dev/shm/")):
-                    yield os.stat(entry.path).st_blocks * 512
+                    yield path.stat().st_blocks * 512
 
 
 def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Run:
@@ -118,7 +119,7 @@ def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
         status = process.wait()
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
         memory.into(run)
     if status:
         raise BenchError(said or f"{command[0]} ended with {status}:\n{log.read_text(errors='replace')[-_LOG_TAIL:]}")

@@ -149,7 +149,11 @@ class Bench:
         }
 
     def dtype(self, way: str) -> str:
-        """What this rival computes in: of float32 and bfloat16 the one that is faster here, by a few steps."""
+        """What a way computes in; for a and b that of float32 and bfloat16 which is faster here, by a few steps."""
+        if way in ("ours", "full"):
+            from edgellm.tune.weights import compute_type  # loads torch
+
+            return str(compute_type()).removeprefix("torch.")
         if way == "c":
             return "its default"
         if self._dtype != "auto":
