@@ -32,7 +32,18 @@ def seconds_to(run: Run, loss: float) -> float | None:
 
 def runs_table(runs: Mapping[str, Run], rates: Mapping[str, float], dtypes: Mapping[str, str], tokens: int) -> str:
     """`tokens`: trained on in all epochs together."""
-    header = ["way", "trained", "type", "rate", "s/step", "tokens/s", "steps s", "start s", "of it analysis s"]
+    header = [
+        "way",
+        "trained",
+        "type",
+        "rate",
+        "s/step",
+        "tokens/s",
+        "steps s",
+        "start s",
+        "of it analysis s",
+        "other cores",
+    ]
     rows = []
     for way, run in runs.items():
         rows.append(
@@ -46,6 +57,7 @@ def runs_table(runs: Mapping[str, Run], rates: Mapping[str, float], dtypes: Mapp
                 f"{run.train_s:.1f}",
                 f"{run.start_s:.1f}",
                 f"{run.analysis_s:.1f}",
+                f"{run.others_cores:.2f}",
             ]
         )
     return table(header, rows)
@@ -78,12 +90,23 @@ def _share(run: Run, step: int) -> float:
 
 def goal_table(runs: Mapping[str, Run]) -> str:
     """How long each way takes to the loss that a ends at. Needs a."""
-    header = ["way", "s to a's last loss", "with start", "of a", "of b", "with start, of a", "of b", "last loss of a's"]
+    header = [
+        "way",
+        "s to a's last loss",
+        "with start",
+        "of a",
+        "of b",
+        "with start, of a",
+        "of b",
+        "last loss of a's",
+        "s to 1.01 of it",
+    ]
     rows = []
     for way, goal in goals(runs).items():
         values = [_text(goal["seconds"], 1), _text(goal["seconds_with_start"], 1)]
         names = ("of_a", "of_b", "with_start_of_a", "with_start_of_b", "last_loss_of_a")
-        rows.append([WAYS[way], *values, *(_text(goal[name], 3) for name in names)])
+        figures = [*(_text(goal[name], 3) for name in names), _text(goal["seconds_to_1_percent"], 1)]
+        rows.append([WAYS[way], *values, *figures])
     return table(header, rows)
 
 
@@ -98,6 +121,7 @@ def goals(runs: Mapping[str, Run]) -> dict[str, dict[str, float | None]]:
         way: {
             "seconds": bare[way],
             "seconds_with_start": whole[way],
+            "seconds_to_1_percent": seconds_to(run, 1.01 * target),
             "of_a": _ratio(bare[way], bare["a"]),
             "of_b": _ratio(bare[way], bare.get("b")),
             "with_start_of_a": _ratio(whole[way], whole["a"]),
@@ -155,6 +179,7 @@ def as_json(runs: Mapping[str, Run]) -> dict[str, Any]:
             "training_peak_rss_bytes": run.training_peak_rss_bytes,
             "peak_private_bytes": run.peak_private_bytes,
             "disk_bytes": run.disk_bytes,
+            "others_cores": run.others_cores,
             "points": [[round(point.seconds, 2), point.step, point.loss, point.accuracy] for point in run.points],
             "to_goal": found.get(way),
         }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import BenchError
+from bench.servers import machine_cpu_s
 
 _SAMPLE_S = 0.1
 _LOG_TAIL = 3000
@@ -44,6 +45,7 @@ class Run:
     training_peak_rss_bytes: int = 0  # from the first step on
     peak_private_bytes: int = 0  # anonymous memory alone: without the mapped model file
     disk_bytes: int = 0  # unnamed files that the process holds: ours keeps its prefix cache in one
+    others_cores: float = 0.0  # that anything else on the machine kept busy meanwhile
     plan: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,7 +103,7 @@ class _Memory:
 
 def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Run:
     """Runs a command to its end. Raises BenchError with its own words, or the end of its log, if it fails."""
-    started = time.monotonic()
+    started, busy_s, ours_s = time.monotonic(), machine_cpu_s(), _own_cpu_s()
     run = Run()
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -124,7 +126,14 @@ def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
     if status:
         raise BenchError(said or f"{command[0]} ended with {status}:\n{log.read_text(errors='replace')[-_LOG_TAIL:]}")
     run.wall_s = time.monotonic() - started
+    run.others_cores = max(0.0, machine_cpu_s() - busy_s - (_own_cpu_s() - ours_s)) / run.wall_s
     return run
+
+
+def _own_cpu_s() -> float:
+    """Of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _event(line: str) -> dict[str, Any] | None:
