@@ -116,7 +116,7 @@ def goals(runs: Mapping[str, Run]) -> dict[str, dict[str, float | None]]:
         return {}
     target = runs["a"].points[-1].loss
     bare = {way: seconds_to(run, target) for way, run in runs.items()}
-    whole = {way: None if bare[way] is None else bare[way] + run.start_s for way, run in runs.items()}  # type: ignore[operator]
+    whole = {way: None if seconds is None else seconds + runs[way].start_s for way, seconds in bare.items()}
     return {
         way: {
             "seconds": bare[way],
