@@ -31,9 +31,11 @@ def write_atomic(path: Path, data: bytes, *, make_folders: bool = True) -> None:
         publish(temporary, path)
 
 
-def copy_atomic(source: Path, path: Path) -> None:
-    """Make `path` a copy of `source`. Raises OSError."""
+def copy_atomic(source: Path, path: Path, *, private: bool = False) -> None:
+    """Make `path` a copy of `source`, for its owner alone if `private`. Raises OSError."""
     with temporary_beside(path) as temporary:
+        if private:
+            temporary.chmod(0o600)
         shutil.copyfile(source, temporary)
         publish(temporary, path)
 

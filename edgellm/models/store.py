@@ -24,6 +24,8 @@ from edgellm.models.packs import PACK_NAME_END
 from edgellm.models.split import model_stem, split_names
 
 _SUFFIX = ".gguf"
+TUNED = "tuned"
+"""The source of adapters that were made by fine-tuning on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,7 @@ class AdapterStore(_Store):
     def add(self, source: Path | str, name: str, origin: str = "file", **facts: object) -> StoredModel:
         """Copy the adapter file `source` into the store as `name`, in lower case; one of that name is replaced.
 
-        `facts` are kept with it: see `facts`.
+        `facts` are kept with it: see `facts`. One that was tuned here is made of the user's text: it is private.
         Raises AdapterError if the name is unsound or the file is no LoRA adapter, InvalidModelFileError if it is no
         sound GGUF file, ModelNotFoundError if there is none.
         """
@@ -216,7 +218,7 @@ class AdapterStore(_Store):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.record(path, origin, **facts)  # first: a file that is listed has its facts
-            copy_atomic(info.path, path)
+            copy_atomic(info.path, path, private=origin == TUNED)
         except OSError as error:
             if not path.exists():
                 _sidecar(path).unlink(missing_ok=True)

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from edgellm.errors import AdapterError, AdapterNotFoundError, EdgeLLMError, JobNotFoundError, StorageError
-from edgellm.models.store import AdapterStore
+from edgellm.models.store import TUNED, AdapterStore
 from edgellm.tune.job_types import Job, JobStatus
 from edgellm.tune.jobs import JobStore
-
-TUNED = "tuned"
-"""The source that the store records of adapters that were made here."""
 
 _log = logging.getLogger(__name__)
 

@@ -17,10 +17,9 @@ from edgellm.errors import ConfigError, InvalidModelFileError, StorageError
 from edgellm.models.describe import describe
 from edgellm.models.files import copy_atomic, sha256_file, temporary_beside, write_atomic
 from edgellm.models.names import is_name, slug
-from edgellm.models.store import AdapterStore, ModelStore, StoredModel
+from edgellm.models.store import TUNED, AdapterStore, ModelStore, StoredModel
 from edgellm.tune.curve import draw_curve, read_curve
 from edgellm.tune.ownership import LOCK, Ownership
-from edgellm.tune.served import TUNED
 
 _FORGOTTEN_S = 30 * 86_400
 _NAME_CHARS_MAX = 100
@@ -136,8 +135,8 @@ class Target:
             if self.output is None:
                 AdapterStore().add(adapter, self.name, TUNED, model=model.name)
             else:
-                copy_atomic(adapter, self.output)
-            copy_atomic(metrics, self.metrics)
+                copy_atomic(adapter, self.output, private=True)
+            copy_atomic(metrics, self.metrics, private=True)
             curve = read_curve(metrics)
             if curve.train or curve.validation:
                 write_atomic(self.picture, draw_curve(curve, f"{self.name}: loss of an answer's token").encode())

@@ -92,6 +92,8 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path: Path) -> None:
         assert job.fine_tuned_model is not None
         assert job.fine_tuned_model.startswith(f"ft:{DEFAULT_MODEL}:local:sailor:")
         assert job.fine_tuned_model in [model.id for model in client.models.list()]
+        kept = tmp_path / "adapters" / f"{job.fine_tuned_model}.gguf"
+        assert kept.stat().st_mode & 0o777 == 0o600  # made of the user's text
         assert in_style(client, job.fine_tuned_model) >= 7
         assert in_style(client, DEFAULT_MODEL) == 0
         messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
