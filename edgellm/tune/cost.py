@@ -18,6 +18,7 @@ SHORT = 512
 """Sequences of so many tokens keep their attention's weights for backward; longer ones do not."""
 
 _KEPT = 1.2  # by which what the allocator takes for a layer exceeds what is asked of it; measured
+_RECOMPUTED = 1.3  # the same where forward passes are done again, of the whole: the allocator's pieces fit less well
 _LOGITS_COPIES = 3  # logits, and a block's worth of probabilities and gradients
 _EXPANDED = 3  # matrices of the widest kind, expanded at a time, with their products
 
@@ -47,7 +48,8 @@ def memory_bytes(shape: Architecture, sites: Collection[Site], setting: Setting)
     widest = max(shape.hidden, shape.heads * shape.head_width) * shape.width
     working = _EXPANDED * widest * setting.item_bytes + 4 * stream + _prefix_bytes(shape, setting)
     adapter = 16 * parameters(shape, sites, setting.rank)  # the numbers, their gradients, two moments
-    return PROCESS_BYTES + kept + working + adapter + _LOGITS_COPIES * LOGITS_BYTES
+    whole = PROCESS_BYTES + kept + working + adapter + _LOGITS_COPIES * LOGITS_BYTES
+    return int(_RECOMPUTED * whole) if setting.recompute else whole
 
 
 def _layer_bytes(shape: Architecture, setting: Setting) -> int:
