@@ -1,4 +1,4 @@
-"""What "auto" comes to: the trainer's own choices, measured on SmolLM2 and Qwen (docs/tuning.md)."""
+"""What "auto" comes to: the trainer's own choices, measured on SmolLM2 (docs/benchmarks.md)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from edgellm.tune.cost import Setting, memory_bytes, parameters, prefix_work, st
 from edgellm.tune.scheme import Site, every_site, scheme_text
 
 ENOUGH = 0.75
-"""Of the whole gain: deeper schemes cost more than they bring (docs/tuning.md has the measurements)."""
+"""Of the whole gain: deeper schemes cost more than they bring (docs/benchmarks.md has the measurements)."""
 
 _SURE = 1.08  # an estimate of memory is out by so much at most
 _KEPT = 0.97  # of a top's gain, when its idlest matrices are left out
