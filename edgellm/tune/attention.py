@@ -1,7 +1,7 @@
 """Causal attention for training, with as much of it as multiplications of matrices as can be.
 
-On processors torch's own fused attention takes most of its time in its backward pass. Sequences to train on are short:
-their scores fit the cache, and plain products over all heads that share keys are 2 to 3 times as fast.
+On processors torch's own fused attention takes most of its time in its backward pass. For short sequences, whose scores
+fit the cache, products over all heads that share keys take less of it in bfloat16 (docs/benchmarks.md).
 """
 
 from __future__ import annotations

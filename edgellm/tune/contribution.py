@@ -1,7 +1,7 @@
 """How much training each matrix would help: a contribution analysis without training any of them.
 
 PockEngine (arXiv 2310.17752, section 3) trains one layer at a time to learn what it is worth. Here one backward pass
-through all layers gives the same order, for every matrix at once: at the start, where B is zero, an optimiser like Adam
+through all layers gives an estimate for every matrix at once: at the start, where B is zero, an optimiser like Adam
 moves each element of B by the sign of its gradient. What such a step gains to first order, measured on other examples
 than those that gave the sign, is the sum over the elements of sign(g1) * g2: what is only noise comes to zero.
 """

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from edgellm.errors import ConfigError
 from edgellm.tune.architecture import TARGETS, Architecture, matrix_shape
+from edgellm.tune.defaults import ALPHA_RANKS, RANK
 from edgellm.tune.scheme import Site
-
-RANK, ALPHA = 16, 32.0
-"""Of an adapter, if nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +20,7 @@ class LoraConfig:
     """Raises ConfigError for numbers that make no adapter."""
 
     rank: int = RANK
-    alpha: float = ALPHA
+    alpha: float = ALPHA_RANKS * RANK
     rank_stabilised: bool = False  # divide by the root of the rank, not by the rank
 
     def __post_init__(self) -> None:

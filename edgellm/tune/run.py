@@ -85,8 +85,10 @@ class _Run:
     def prepare(self) -> None:
         """Decides what to train, or takes up what an earlier process had decided."""
         spec = self._spec
-        self._identity = _identity(spec)
-        saved = self._folder.load() if self._folder else None
+        saved = None
+        if self._folder is not None:  # only checkpoints need to know, and models are large
+            self._identity = _identity(spec)
+            saved = self._folder.load()
         if saved is not None:
             _check_identity(saved["identity"], self._identity)
         self._decoder = Decoder(BaseWeights(Path(spec.model), threads=spec.threads), dtype=compute_type())

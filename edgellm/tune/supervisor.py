@@ -28,11 +28,11 @@ from edgellm.tune.hashes import ModelHashes
 from edgellm.tune.job_types import Job, JobError, JobStatus
 from edgellm.tune.jobs import JobStore
 from edgellm.tune.ownership import Ownership
+from edgellm.tune.places import FOLDER, analysis_path
 from edgellm.tune.process import TRAINER, Outcome, TrainerProcess, torch_missing
 from edgellm.tune.served import Served, TunedModels
 from edgellm.tune.spec import RunSpec
 
-FOLDER = "tuning"
 METRICS = "step_metrics.csv"
 _RETRIES_MAX = 3  # of a trainer that died, without a checkpoint in between
 _POLL_S = 2.0  # other processes queue and cancel jobs, too
@@ -327,7 +327,7 @@ class Supervisor:
             time_budget_s=asked.get("time_budget_s"),
             seed=request.seed,
             threads=self._threads,
-            analysis=str(state.parent / "analysis" / f"{sha256}.json"),
+            analysis=str(analysis_path(self._home, sha256)),
         )
 
     def _file(self, file_id: str, param: str) -> Path:

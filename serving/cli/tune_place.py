@@ -19,7 +19,9 @@ from edgellm.models.files import copy_atomic, sha256_file, temporary_beside, wri
 from edgellm.models.names import is_name, slug
 from edgellm.models.store import TUNED, AdapterStore, ModelStore, StoredModel
 from edgellm.tune.curve import draw_curve, read_curve
+from edgellm.tune.hashes import ModelHashes
 from edgellm.tune.ownership import LOCK, Ownership
+from edgellm.tune.places import FOLDER
 
 _FORGOTTEN_S = 30 * 86_400
 _NAME_CHARS_MAX = 100
@@ -34,7 +36,7 @@ class Workplace:
     def __init__(self, facts: Mapping[str, object], home: Path | None = None) -> None:
         """`facts`: whatever makes another run of it."""
         text = json.dumps(facts, sort_keys=True)
-        self._root = (home or home_dir()) / "tuning" / "cli"
+        self._root = (home or home_dir()) / FOLDER / "cli"
         self.folder = self._root / hashlib.sha256(text.encode()).hexdigest()[:24]
         self.state = self.folder / "state"
         self.adapter = self.folder / "adapter.gguf"
@@ -78,20 +80,19 @@ def _remove_idle(folder: Path) -> None:
         lock.release()
 
 
-def file_hashes(paths: Iterable[str]) -> list[str]:
-    """Their SHA-256: dates and sizes may stay when content changes. Raises ConfigError for one that cannot be read."""
-    found = []
-    for path in paths:
-        try:
+def file_hashes(model: str, others: Iterable[str]) -> list[str]:
+    """The SHA-256 of the model, all its parts, and of other files: dates and sizes may stay when content changes.
+
+    Raises ConfigError for one that cannot be read.
+    """
+    found, path = [], model
+    try:
+        found.append(ModelHashes().sha256(Path(model)))
+        for path in others:
             found.append(sha256_file(Path(path)))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return found
-
-
-def analysis_path(model_hash: str, home: Path | None = None) -> Path:
-    """Where the contribution analysis of the model of that SHA-256 is kept."""
-    return (home or home_dir()) / "tuning" / "analysis" / f"{model_hash}.json"
 
 
 @dataclass(frozen=True, slots=True)

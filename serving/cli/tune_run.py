@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from edgellm.config import load_settings, parse_bytes, parse_seconds
+from edgellm.config import home_dir, load_settings, parse_bytes, parse_seconds
 from edgellm.engine.threads import default_threads
 from edgellm.errors import (
     BaseChangedError,
@@ -28,9 +28,10 @@ from edgellm.errors import (
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import ModelStore, StoredModel
 from edgellm.tune.examples import Method
+from edgellm.tune.places import analysis_path
 from edgellm.tune.process import Outcome, TrainerProcess, torch_missing
 from edgellm.tune.spec import RunSpec
-from serving.cli.tune_place import Target, Workplace, analysis_path, file_hashes
+from serving.cli.tune_place import Target, Workplace, file_hashes
 from serving.cli.tune_table import PlanView, choose_plan_view
 from serving.cli.tune_view import Event, JsonView, View, choose_view, many
 
@@ -106,9 +107,9 @@ def run_tune(request: TuneRequest, *, name: str | None, output: Path | None, as_
     model = request.find_model()
     target = Target.choose(model, request.data, name, output)
     spec = request.spec(model, Path())
-    hashes = file_hashes([spec.model, spec.data, *([spec.validation] if spec.validation else [])])
+    hashes = file_hashes(spec.model, [path for path in (spec.data, spec.validation) if path])
     with Workplace({**asdict(spec), "files": hashes}) as place:
-        analysis = str(analysis_path(hashes[0]))
+        analysis = str(analysis_path(home_dir(), hashes[0]))
         spec = replace(spec, output=str(place.adapter), state=str(place.state), analysis=analysis)
         with choose_view(as_json=as_json) as view:
             if target.path.exists():
@@ -134,8 +135,8 @@ def run_plan(request: TuneRequest, *, as_json: bool) -> None:
     _need_torch()
     with tempfile.TemporaryDirectory(prefix="edgellm-plan-") as folder:
         spec = request.spec(request.find_model(), Path(folder, "adapter.gguf"))
-        model_hash, _ = file_hashes([spec.model, spec.data])
-        spec = replace(spec, only_plan=True, analysis=str(analysis_path(model_hash)))
+        model_hash, _ = file_hashes(spec.model, [spec.data])
+        spec = replace(spec, only_plan=True, analysis=str(analysis_path(home_dir(), model_hash)))
         with choose_plan_view(as_json=as_json) as view:
             course = _train(spec, view)
     if course.done is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -121,13 +122,13 @@ def _plan(plan: Event) -> str:
 class View(AbstractContextManager["View"]):
     """Shows a run's events. Nothing of it is left on the screen but lines once the block ends."""
 
+    @abstractmethod
     def show(self, event: Event) -> None:
         """One event, as the trainer sent it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def say(self, text: str) -> None:
         """A line that is no event."""
-        raise NotImplementedError
 
     def __exit__(self, *_: object) -> None:
         return None

@@ -1,4 +1,4 @@
-"""The contribution analysis against training each matrix in truth."""
+"""The contribution analysis against a step taken in truth on each matrix by itself."""
 
 from __future__ import annotations
 
