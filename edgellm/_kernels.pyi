@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+_Floats = npt.NDArray[np.float32]
+_Numbers = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+
 def kernels() -> list[str]: ...
 def types() -> dict[str, int]: ...
 def set_host(functions: dict[str, int], numbers: dict[str, int]) -> None: ...
@@ -158,3 +161,54 @@ class ExpertStore:
 def reader_bytes(slices: list[ExpertSlice], experts: int) -> int: ...
 def crc32c(data: bytes) -> int: ...
 def set_expert_store(store: ExpertStore | None) -> None: ...
+def training_kernels() -> list[str]: ...
+def training_norm(
+    kernels: str,
+    x: _Floats,
+    weight: _Floats,
+    epsilon: float,
+    y: _Numbers,
+    scale: _Floats,
+) -> None: ...
+def training_norm_back(
+    kernels: str, dy: _Numbers, x: _Floats, weight: _Floats, scale: _Floats, dx: _Floats
+) -> None: ...
+def training_gate(kernels: str, gate: _Numbers, up: _Numbers, gelu: bool, y: _Numbers) -> None: ...
+def training_gate_back(
+    kernels: str, dy: _Numbers, gate: _Numbers, up: _Numbers, gelu: bool, dgate: _Numbers, dup: _Numbers
+) -> None: ...
+def training_turn(
+    kernels: str,
+    source: _Numbers,
+    cosine: _Floats,
+    sine: _Floats,
+    heads: int,
+    share: int,
+    interleaved: bool,
+    back: bool,
+    first: int,
+    last: int,
+    target: _Numbers,
+) -> None: ...
+def training_softmax(
+    kernels: str, share: int, past: int, window: int, scale: float, first: int, last: int, scores: _Numbers
+) -> None: ...
+def training_softmax_back(
+    kernels: str,
+    share: int,
+    past: int,
+    window: int,
+    scale: float,
+    first: int,
+    last: int,
+    weights: _Numbers,
+    gradient: _Numbers,
+) -> None: ...
+def training_losses(
+    kernels: str,
+    logits: _Numbers,
+    targets: npt.NDArray[np.int64],
+    gradient: bool,
+    losses: _Floats,
+    correct: npt.NDArray[np.bool_],
+) -> None: ...

@@ -173,4 +173,5 @@ NB_MODULE(_kernels, m) {
     edgellm::bind_residency(m);
     edgellm::bind_experts(m);
     edgellm::bind_narrow(m);
+    edgellm::bind_training(m);
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgellm.backend.library import lib
+from edgellm.backend.threads import in_shares
 from edgellm.errors import BackendError, ModelUnsupportedError
 from edgellm.models.ggml_types import GGML_TYPES, GGMLType
 
@@ -49,14 +49,7 @@ def dequantise(kind: GGMLType, source: Bytes, target: Numbers, *, threads: int =
     convert = functools.partial(
         _expand, kind, _to_float(kind.code), source.ctypes.data, target.ctypes.data, target.dtype == np.int16
     )
-    pieces = -(-target.size // _PIECE)
-    share = -(-pieces // max(1, threads)) * _PIECE
-    spans = [(start, min(start + share, target.size)) for start in range(0, target.size, share)]
-    waiting = [_pool(threads).submit(convert, *span) for span in spans[1:]]
-    for span in spans[:1]:
-        convert(*span)
-    for job in waiting:
-        job.result()
+    in_shares(lambda part: convert(part.start, part.stop), target.size, threads, _PIECE)
 
 
 def _expand(kind: GGMLType, to_float: Any, source: int, target: int, halves: bool, start: int, end: int) -> None:
@@ -100,8 +93,3 @@ def _to_half() -> Any:
     function = lib()._lib.ggml_fp32_to_bf16_row
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
     return function
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="edgellm-dequantise")

@@ -1,4 +1,4 @@
-"""Examples laid out for the trainer: sequences end to end in packs of a bounded size."""
+"""Examples laid out for the trainer: sequences in packs of a bounded size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from edgellm.tune.coding import TrainingSequence
 from edgellm.tune.data import TrainingSet
-from edgellm.tune.decoder import Packed
 from edgellm.tune.packing import assign
+from edgellm.tune.prefix_tree import Packed, pack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,15 +53,20 @@ class Batch:
     """A pack of sequences, and what is to be learnt of it."""
 
     packed: Packed
+    tokens: int  # of its sequences; the pack has fewer where they begin alike
     places: Tensor  # (n,), int64: where the next token is learnt
     targets: Tensor  # (n,), int64: those tokens
     owners: Tensor  # (n,), int64: which of the pack's sequences each belongs to
 
     @staticmethod
     def of(sequences: Sequence[TrainingSequence]) -> Batch:
-        """Sequences end to end. Nothing of a first token is learnt: nothing of its sequence precedes it."""
-        lengths = tuple(len(sequence.tokens) for sequence in sequences)
-        tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64))
-        learnt = torch.from_numpy(np.flatnonzero(np.concatenate([sequence.mask for sequence in sequences])))
-        owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        return Batch(Packed(tokens, lengths), learnt - 1, tokens[learnt], owners[learnt])
+        """Of packed sequences. Nothing of a first token is learnt: nothing of its sequence precedes it."""
+        packed = pack([sequence.tokens for sequence in sequences])
+        places, targets, owners = [], [], []
+        for number, sequence in enumerate(sequences):
+            learnt = np.flatnonzero(sequence.mask[1:]) + 1
+            places.append(packed.rows(number)[torch.from_numpy(learnt - 1)])
+            targets.append(torch.from_numpy(sequence.tokens[learnt].astype(np.int64)))
+            owners.append(torch.full((len(learnt),), number))
+        tokens = sum(len(sequence.tokens) for sequence in sequences)
+        return Batch(packed, tokens, torch.cat(places), torch.cat(targets), torch.cat(owners))

@@ -88,4 +88,4 @@ def _backward(decoder: Decoder, lora: Lora, examples: Examples, members: Sequenc
     losses = token_losses(decoder.normalise(stream[batch.places]), decoder.head, batch.targets).losses
     if len(losses):
         losses.sum().backward()
-    return len(batch.packed.tokens)
+    return batch.tokens

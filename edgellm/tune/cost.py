@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edgellm.tune.architecture import TARGETS, Architecture, matrix_shape
 from edgellm.tune.scheme import Site
 
-PROCESS_BYTES = 220 << 20
+PROCESS_BYTES = 280 << 20
 """The interpreter with torch and llama.cpp's vocabulary, threads and what the allocator keeps; measured."""
 
 LOGITS_BYTES = 96 << 20
@@ -17,9 +17,11 @@ LOGITS_BYTES = 96 << 20
 SHORT = 512
 """Sequences of so many tokens keep their attention's weights for backward; longer ones do not."""
 
-_KEPT = 1.2  # by which what the allocator takes for a layer exceeds what is asked of it; measured
-_RECOMPUTED = 1.3  # the same where forward passes are done again, of the whole: the allocator's pieces fit less well
-_LOGITS_COPIES = 3  # logits, and a block's worth of probabilities and gradients
+QUERIES = 128
+"""Tokens that look for keys together (edgellm/tune/attention.py)."""
+
+_RECOMPUTED = 1.1  # by which the whole exceeds what is asked for where forward passes are done again; measured
+_LOGITS_COPIES = 1.2  # logits, and the product of a block of the output matrix
 _EXPANDED = 3  # matrices of the widest kind, expanded at a time, with their products
 
 
@@ -40,7 +42,8 @@ def parameters(shape: Architecture, sites: Collection[Site], rank: int) -> int:
 
 
 def memory_bytes(shape: Architecture, sites: Collection[Site], setting: Setting) -> int:
-    """About the most private memory of the process. Base weights are mapped from their file and do not count."""
+    """About the most private memory of the process where allocation is thrifty (own_process.py), else it is some more.
+    Base weights are mapped from their file and do not count."""
     depth = shape.layers - min(site.layer for site in sites)
     layer = _layer_bytes(shape, setting)
     stream = 4 * shape.width * setting.pack_tokens
@@ -48,7 +51,7 @@ def memory_bytes(shape: Architecture, sites: Collection[Site], setting: Setting)
     widest = max(shape.hidden, shape.heads * shape.head_width) * shape.width
     working = _EXPANDED * widest * setting.item_bytes + 4 * stream + _prefix_bytes(shape, setting)
     adapter = 16 * parameters(shape, sites, setting.rank)  # the numbers, their gradients, two moments
-    whole = PROCESS_BYTES + kept + working + adapter + _LOGITS_COPIES * LOGITS_BYTES
+    whole = PROCESS_BYTES + kept + working + adapter + int(_LOGITS_COPIES * LOGITS_BYTES)
     return int(_RECOMPUTED * whole) if setting.recompute else whole
 
 
@@ -57,8 +60,8 @@ def _layer_bytes(shape: Architecture, setting: Setting) -> int:
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     floats = 2 * shape.width  # the stream before attention and before the feed-forward part
     items = 2 * shape.width + 2 * queries + 2 * keys + 3 * shape.hidden + len(TARGETS) * setting.rank
-    items += shape.heads * min(setting.longest, SHORT)  # attention's weights
-    return int(_KEPT * setting.pack_tokens * (4 * floats + setting.item_bytes * items))
+    items += shape.heads * (min(setting.longest, SHORT) + QUERIES) // 2  # attention's weights, on average over tokens
+    return setting.pack_tokens * (4 * floats + setting.item_bytes * items)
 
 
 def _prefix_bytes(shape: Architecture, setting: Setting) -> int:

@@ -14,33 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from edgellm.tune.attention import attention
+from edgellm.tune.attention import Block, attention, blocks_of
+from edgellm.tune.linear import Part, products
 from edgellm.tune.lora import Lora
-from edgellm.tune.ops import gated, rms_norm, rotate
+from edgellm.tune.ops import Angles, gated, grouped, rms_norm, ungrouped
+from edgellm.tune.prefix_tree import Packed
 from edgellm.tune.scheme import Site
-from edgellm.tune.weights import BaseWeights, Matrix, product
-
-Angles = tuple[Tensor, Tensor]  # cosine and sine, (tokens, 1, pairs)
+from edgellm.tune.weights import BaseWeights, Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Sequences laid end to end; none sees another, and each begins at position 0."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """What a layer's attention sees of a pack."""
 
-    tokens: Tensor  # (tokens,), int64
-    lengths: tuple[int, ...]  # of the sequences, in order
-
-    @property
-    def positions(self) -> Tensor:
-        """(tokens,), int64."""
-        return torch.cat([torch.arange(length) for length in self.lengths])
-
-
-def pack(sequences: Sequence[Sequence[int]]) -> Packed:
-    """Raises ValueError for an empty sequence, or none."""
-    if not sequences or not all(sequences):
-        raise ValueError("a pack needs sequences of at least one token")
-    return Packed(torch.tensor([token for one in sequences for token in one]), tuple(map(len, sequences)))
+    angles: Angles
+    blocks: tuple[Block, ...]
+    window: int  # tokens; 0: all
 
 
 class Decoder:
@@ -87,15 +76,16 @@ class Decoder:
 
     def logits(self, packed: Packed, lora: Lora | None = None) -> Tensor:
         """(tokens, vocabulary), float32. The slow reference of `loss.token_losses`, which training uses."""
-        return product(self.normalise(self.hidden(packed, lora)), self.head).float()
+        return (self.normalise(self.hidden(packed, lora)) @ self.head.expand(self.dtype).T).float()
 
     def layers(self, stream: Tensor, packed: Packed, which: range, lora: Lora | None) -> Tensor:
         """The residual stream behind the layers `which`, (tokens, width)."""
-        angles = self._angles(packed, self.shape.rope_base, self.weights.vector("rope_freqs.weight"))
-        local = self._angles(packed, self.shape.local_rope_base, None) if self.shape.window_tokens else angles
+        far = self._view(packed, self.shape.rope_base, self.weights.vector("rope_freqs.weight"), 0)
+        near = far
+        if self.shape.window_tokens:
+            near = self._view(packed, self.shape.local_rope_base, None, self.shape.window_tokens)
         for layer in which:
-            turns = local if self.shape.is_local(layer) else angles
-            arguments = (stream, layer, packed.lengths, turns, lora)
+            arguments = (stream, layer, near if self.shape.is_local(layer) else far, lora)
             if lora is not None and self.recompute and torch.is_grad_enabled():
                 stream = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -104,37 +94,45 @@ class Decoder:
 
     # --- a layer
 
-    def _layer(self, stream: Tensor, layer: int, lengths: Sequence[int], angles: Angles, lora: Lora | None) -> Tensor:
-        return self._feed_forward(self._attend(stream, layer, lengths, angles, lora), layer, lora)
+    def _layer(self, stream: Tensor, layer: int, view: _View, lora: Lora | None) -> Tensor:
+        return self._feed_forward(self._attend(stream, layer, view, lora), layer, lora)
 
-    def _attend(self, stream: Tensor, layer: int, lengths: Sequence[int], angles: Angles, lora: Lora | None) -> Tensor:
+    def _attend(self, stream: Tensor, layer: int, view: _View, lora: Lora | None) -> Tensor:
         shape, count = self.shape, len(stream)
         x = self._norm(stream, f"blk.{layer}.attn_norm")
-        q, k, v = (
-            self._linear(x, Site(layer, name), lora).view(count, heads, shape.head_width)
-            for name, heads in (("attn_q", shape.heads), ("attn_k", shape.kv_heads), ("attn_v", shape.kv_heads))
-        )
+        q, k, v = self._linear(x, [Site(layer, name) for name in ("attn_q", "attn_k", "attn_v")], lora)
+        q = q.view(count, shape.heads, shape.head_width)
+        k, v = (part.view(count, shape.kv_heads, shape.head_width) for part in (k, v))
         if f"blk.{layer}.attn_q_norm.weight" in self.weights:
             q, k = (self._norm(part.float(), f"blk.{layer}.attn_{name}_norm") for name, part in (("q", q), ("k", k)))
-        q, k = (rotate(part, *angles, interleaved=shape.rope_interleaved) for part in (q, k))
-        window = shape.window_tokens if shape.is_local(layer) else 0
-        mixed = attention(q, k, v, lengths, scale=shape.score_scale, window_tokens=window)
-        return self._add(
-            stream, self._linear(mixed, Site(layer, "attn_output"), lora), f"blk.{layer}.post_attention_norm"
+        share = shape.heads // shape.kv_heads
+        q, k = (
+            grouped(part, view.angles, share=wide, interleaved=shape.rope_interleaved)
+            for part, wide in ((q, share), (k, 1))
         )
+        mixed = attention(
+            q, k, grouped(v), view.blocks, share=share, scale=shape.score_scale, window_tokens=view.window
+        )
+        (y,) = self._linear(ungrouped(mixed, share=share), [Site(layer, "attn_output")], lora)
+        return self._add(stream, y, f"blk.{layer}.post_attention_norm")
 
     def _feed_forward(self, stream: Tensor, layer: int, lora: Lora | None) -> Tensor:
         x = self._norm(stream, f"blk.{layer}.ffn_norm")
-        gate, up = (self._linear(x, Site(layer, name), lora) for name in ("ffn_gate", "ffn_up"))
-        y = self._linear(gated(gate, up, gelu=self.shape.gelu), Site(layer, "ffn_down"), lora)
+        gate, up = self._linear(x, [Site(layer, "ffn_gate"), Site(layer, "ffn_up")], lora)
+        (y,) = self._linear(gated(gate, up, gelu=self.shape.gelu), [Site(layer, "ffn_down")], lora)
         return self._add(stream, y, f"blk.{layer}.post_ffw_norm")
 
-    def _linear(self, x: Tensor, site: Site, lora: Lora | None) -> Tensor:
-        y = product(x, self.weights.matrix(site.name))
-        bias = self.weights.vector(f"blk.{site.layer}.{site.tensor}.bias")
-        if bias is not None:
-            y = y + bias.to(y.dtype)
-        return y if lora is None else lora.add_to(y, x, site)
+    def _linear(self, x: Tensor, sites: Sequence[Site], lora: Lora | None) -> tuple[Tensor, ...]:
+        """x times each of these matrices, with its bias and its adapter."""
+        parts = [
+            Part(
+                self.weights.matrix(site.name),
+                self.weights.vector(f"blk.{site.layer}.{site.tensor}.bias"),
+                None if lora is None else lora.pairs.get(site),
+            )
+            for site in sites
+        ]
+        return products(x, parts, 1.0 if lora is None else lora.config.scale)
 
     def _add(self, stream: Tensor, y: Tensor, norm: str) -> Tensor:
         if f"{norm}.weight" in self.weights:
@@ -150,11 +148,12 @@ class Decoder:
             raise KeyError(name)
         return weight
 
-    def _angles(self, packed: Packed, base: float, factors: Tensor | None) -> Angles:
+    def _view(self, packed: Packed, base: float, factors: Tensor | None, window_tokens: int) -> _View:
         """`factors`, (pairs,), stretch each pair's period (Llama 3.1's long context, made by the converter)."""
         pairs = self.shape.rope_width // 2
         frequencies = base ** (torch.arange(pairs, dtype=torch.float64) * -2 / self.shape.rope_width)
         if factors is not None:
             frequencies = frequencies / factors
-        angles = (packed.positions[:, None] * frequencies)[:, None]  # (tokens, 1, pairs)
-        return angles.cos().float(), angles.sin().float()
+        angles = packed.positions[:, None] * frequencies
+        blocks = blocks_of(packed.segments, window_tokens)
+        return _View((angles.cos().float(), angles.sin().float()), blocks, window_tokens)

@@ -63,10 +63,3 @@ class Lora:
         """What is trained, in a fixed order: A, then B, site by site."""
         for pair in self.pairs.values():
             yield from pair
-
-    def add_to(self, y: Tensor, x: Tensor, site: Site) -> Tensor:
-        """y + scale * B A x where the site is trained, else y. x: (tokens, in); y: (tokens, out), of x's type."""
-        if site not in self.pairs:
-            return y
-        a, b = self.pairs[site]
-        return torch.addmm(y, x @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=self.config.scale)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edgellm.tune.cost import LOGITS_BYTES
+from edgellm.tune.ops import array, kernels
 from edgellm.tune.weights import Matrix
 
 _BLOCK_ROWS = 8192  # of the output matrix, expanded at a time
@@ -25,8 +26,8 @@ def token_losses(hidden: Tensor, head: Matrix, targets: Tensor, *, logits_bytes:
 
     hidden: (tokens, width), float32 or bfloat16, only rows whose token is part of an answer; targets: (tokens,), int64.
     Tokens go in chunks, the output matrix in blocks of rows. Each row's gradient is made in the same pass, as long as
-    its logits are there, and kept instead of them, (tokens, width): a loss depends on its own row alone, so backward
-    only scales it. Nothing of it is done where hidden has no graph.
+    its logits are there, which it takes the place of, and kept, (tokens, width): a loss depends on its own row alone,
+    so backward only scales it. Nothing of it is done where hidden has no graph.
     """
     losses, correct = _Losses.apply(
         hidden, head, targets, logits_bytes, torch.is_grad_enabled() and hidden.requires_grad
@@ -44,12 +45,12 @@ class _Losses(torch.autograd.Function):
         losses, correct = torch.empty(len(hidden)), torch.empty(len(hidden), dtype=torch.bool)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits, totals = _logits(hidden[part], head)
-            aims = targets[part, None]
-            losses[part] = totals - logits.gather(1, aims)[:, 0].float()
-            correct[part] = logits.argmax(1) == aims[:, 0]
+            logits = _logits(hidden[part], head)
+            kernels().losses(
+                array(logits), array(targets[part]), array(losses[part]), array(correct[part]), gradient=wanted
+            )
             if gradient is not None:
-                gradient[part] = _gradient(logits, totals, aims, head)
+                gradient[part] = _gradient(logits, head)
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(gradient)
         return losses, correct
@@ -60,23 +61,19 @@ class _Losses(torch.autograd.Function):
         return (kept * gradient[:, None]).to(kept.dtype), None, None, None, None
 
 
-def _logits(hidden: Tensor, head: Matrix) -> tuple[Tensor, Tensor]:
-    """The logits of a chunk, (tokens, vocabulary), in hidden's type, and the logarithms of their sums, (tokens,)."""
+def _logits(hidden: Tensor, head: Matrix) -> Tensor:
+    """The logits of a chunk, (tokens, vocabulary), in hidden's type."""
     logits = hidden.new_empty(len(hidden), head.rows)
-    totals = torch.full((len(hidden),), -torch.inf)
     for start in range(0, head.rows, _BLOCK_ROWS):
-        block = hidden @ head.expand(hidden.dtype, start, start + _BLOCK_ROWS).T
-        logits[:, start : start + _BLOCK_ROWS] = block
-        totals = torch.logaddexp(totals, block.float().logsumexp(1))
-    return logits, totals
+        rows = head.expand(hidden.dtype, start, start + _BLOCK_ROWS)
+        torch.mm(hidden, rows.T, out=logits[:, start : start + _BLOCK_ROWS])
+    return logits
 
 
-def _gradient(logits: Tensor, totals: Tensor, aims: Tensor, head: Matrix) -> Tensor:
-    """(softmax - one-hot) @ head, (tokens, width)."""
-    result = torch.zeros(len(logits), head.columns)
+def _gradient(by_logits: Tensor, head: Matrix) -> Tensor:
+    """by_logits @ head, (tokens, width), summed as float32."""
+    result = torch.zeros(len(by_logits), head.columns)
     for start in range(0, head.rows, _BLOCK_ROWS):
-        block = logits[:, start : start + _BLOCK_ROWS].float().sub_(totals[:, None]).exp_()
-        here = (aims >= start) & (aims < start + block.shape[1])
-        block.scatter_add_(1, (aims - start).clamp(0, block.shape[1] - 1), -here.float())
-        result += block.to(logits.dtype) @ head.expand(logits.dtype, start, start + _BLOCK_ROWS)
+        rows = head.expand(by_logits.dtype, start, start + _BLOCK_ROWS)
+        result += by_logits[:, start : start + _BLOCK_ROWS] @ rows
     return result

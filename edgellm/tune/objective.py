@@ -32,7 +32,7 @@ def supervised(found: TokenLosses) -> Score:
 
 def log_likelihoods(losses: Tensor, batch: Batch) -> Tensor:
     """log p of each sequence's answer, (sequences,), differentiable."""
-    return torch.zeros(len(batch.packed.lengths)).index_add(0, batch.owners, -losses)
+    return torch.zeros(len(batch.packed.ends)).index_add(0, batch.owners, -losses)
 
 
 def preferences(found: TokenLosses, batch: Batch, reference: Tensor, beta: float) -> Score:

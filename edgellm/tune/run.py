@@ -29,7 +29,7 @@ from edgellm.tune.hashes import ModelHashes
 from edgellm.tune.history import History
 from edgellm.tune.lora import Lora, LoraConfig
 from edgellm.tune.objective import BETA
-from edgellm.tune.own_process import MemoryWatch
+from edgellm.tune.own_process import MemoryWatch, thrifty_allocation
 from edgellm.tune.planner import Planned, make_plan
 from edgellm.tune.prefix_cache import PrefixCache
 from edgellm.tune.scheme import parse_scheme
@@ -54,6 +54,8 @@ def run(spec: RunSpec, report: Report, stop: threading.Event | None = None) -> N
     StorageError if something cannot be written, and what reading a model raises; MemoryError or torch's RuntimeError
     where memory runs out.
     """
+    if spec.memory_budget_bytes is not None:
+        thrifty_allocation()
     torch.set_num_threads(spec.threads)
     torch.manual_seed(spec.seed)
     data = _read(spec, report)

@@ -85,7 +85,7 @@ class _Sums:
         self.margin += score.margin
         self.weight += score.weight
         self.trained += len(batch.targets)
-        self.all += len(batch.packed.tokens)
+        self.all += batch.tokens
 
     def metrics(self, step: int, rate: float) -> StepMetrics:
         of = max(1, self.weight)
@@ -125,7 +125,11 @@ class Trainer:
         self._validation = None if validation is None else _Part(validation, len(examples.sequences))
         self._cache = cache
         self._optimiser = torch.optim.AdamW(
-            list(lora.parameters()), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.99)
+            list(lora.parameters()),
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,
         )
         self.done = 0  # steps
 
@@ -217,11 +221,15 @@ class Trainer:
         cache = self._cache
         if cache is None:
             return self.decoder.prefix(batch.packed, self.lora.lowest_layer)
+        rows = [batch.packed.rows(number) for number in range(len(members))]
         kept = [cache.get(part.first + member) for member in members]
-        if all(stream is not None for stream in kept):
-            return torch.cat([stream for stream in kept if stream is not None])
-        made = self.decoder.prefix(batch.packed, self.lora.lowest_layer).split(batch.packed.lengths)
-        return torch.cat([cache.put(part.first + member, one) for member, one in zip(members, made, strict=True)])
+        if any(stream is None for stream in kept):
+            made = self.decoder.prefix(batch.packed, self.lora.lowest_layer)
+            kept = [cache.put(part.first + member, made[mine]) for member, mine in zip(members, rows, strict=True)]
+        stream = torch.empty(len(batch.packed.tokens), self.decoder.shape.width)
+        for mine, one in zip(rows, kept, strict=True):
+            stream[mine] = one
+        return stream
 
     def _losses(self, stream: Tensor, batch: Batch, lora: Lora | None) -> TokenLosses:
         layers = range(self.lora.lowest_layer, self.decoder.shape.layers)

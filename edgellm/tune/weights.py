@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -90,23 +89,3 @@ class BaseWeights:
         values = torch.empty(info.elements)
         dequantise(info.type, data, values.numpy())
         return values
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
-        ctx.matrix = matrix  # the product is linear and its weight frozen: x itself is not needed again
-        return x @ matrix.expand(x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.matrix.expand(gradient.dtype), None
-
-
-def product(x: Tensor, matrix: Matrix) -> Tensor:
-    """x @ matrix.T: (tokens, in) -> (tokens, out), in x's type, which is float32 or bfloat16.
-
-    Between forward and backward nothing is kept but a reference to the quantised matrix.
-    """
-    result: Tensor = _Product.apply(x, matrix)
-    return result

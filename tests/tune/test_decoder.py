@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from edgellm.backend.model import Model  # noqa: E402
 from edgellm.errors import ModelUnsupportedError  # noqa: E402
 from edgellm.models.bundled import bundled_path  # noqa: E402
 from edgellm.tune.architecture import TARGETS  # noqa: E402
-from edgellm.tune.decoder import Decoder, Packed, attention, pack  # noqa: E402
+from edgellm.tune.decoder import Decoder  # noqa: E402
 from edgellm.tune.lora import Lora, LoraConfig  # noqa: E402
+from edgellm.tune.prefix_tree import Packed, pack  # noqa: E402
 from edgellm.tune.scheme import Site  # noqa: E402
 from edgellm.tune.weights import BaseWeights, compute_type  # noqa: E402
 from tests.support.rewrite import rewrite  # noqa: E402
@@ -67,32 +69,12 @@ def test_the_bundled_model(pytestconfig: pytest.Config) -> None:
 
 def test_packed_sequences_are_as_if_alone(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", architecture="gemma3", layers=6)
-    decoder, sequences = _decoder(path), [TOKENS[:9], TOKENS[3:40], TOKENS[7:8]]
-    together = decoder.logits(pack(sequences)).split([len(one) for one in sequences])
-    for sequence, found in zip(sequences, together, strict=True):
-        assert torch.allclose(found, decoder.logits(pack([sequence])), atol=1e-4)
-    assert pack(sequences).positions.tolist() == [*range(9), *range(37), 0]
-
-
-@pytest.mark.parametrize("window", [0, 3])
-def test_attention_against_all_scores(window: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(11, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
-    found = attention(q, k, v, (4, 7), scale=0.3, window_tokens=window)
-    segment, place = torch.tensor([0] * 4 + [1] * 7), torch.arange(11)
-    seen = (segment[:, None] == segment) & (place[:, None] >= place)
-    if window:
-        seen &= place[:, None] - place < window
-    for head in range(4):
-        scores = (q[:, head] @ k[:, head // 2].T * 0.3).masked_fill(~seen, -torch.inf)
-        expected = scores.softmax(1) @ v[:, head // 2]
-        assert torch.allclose(found[:, 8 * head : 8 * head + 8], expected, atol=1e-6)
-
-
-def test_a_pack_needs_tokens() -> None:
-    for empty in ([], [[]], [[1], []]):
-        with pytest.raises(ValueError, match="at least one token"):
-            pack(empty)
+    decoder, sequences = _decoder(path), [TOKENS[:9], TOKENS[3:40], TOKENS[:6] + TOKENS[20:50], TOKENS[7:8], TOKENS[:5]]
+    packed = pack(sequences)
+    assert len(packed.tokens) == sum(map(len, sequences)) - 5 - 5  # what they begin with is there once
+    together = decoder.logits(packed)
+    for number, sequence in enumerate(sequences):
+        assert torch.allclose(together[packed.rows(number)], decoder.logits(pack([sequence])), atol=1e-4)
 
 
 class _Watched(Decoder):
@@ -103,12 +85,13 @@ class _Watched(Decoder):
         self.forward: list[tuple[str, bool]] = []
         self.backward: list[str] = []
 
-    def _linear(self, x: torch.Tensor, site: Site, lora: Lora | None) -> torch.Tensor:
-        y = super()._linear(x, site, lora)
-        self.forward.append((site.name, y.requires_grad))
-        if y.requires_grad:
-            y.register_hook(lambda _: self.backward.append(site.name))
-        return y
+    def _linear(self, x: torch.Tensor, sites: Sequence[Site], lora: Lora | None) -> tuple[torch.Tensor, ...]:
+        found = super()._linear(x, sites, lora)
+        for y, site in zip(found, sites, strict=True):
+            self.forward.append((site.name, y.requires_grad))
+            if y.requires_grad:
+                y.register_hook(lambda _, name=site.name: self.backward.append(name))
+        return found
 
 
 def test_nothing_below_the_lowest_trained_matrix_has_a_graph(tmp_path: Path) -> None:

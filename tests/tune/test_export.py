@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch")
 from edgellm.models import describe  # noqa: E402
 from edgellm.models.gguf import read_header  # noqa: E402
 from edgellm.tune.architecture import TARGETS  # noqa: E402
-from edgellm.tune.decoder import Decoder, pack  # noqa: E402
+from edgellm.tune.decoder import Decoder  # noqa: E402
 from edgellm.tune.export import export_adapter  # noqa: E402
 from edgellm.tune.lora import Lora, LoraConfig  # noqa: E402
 from edgellm.tune.loss import token_losses  # noqa: E402
+from edgellm.tune.prefix_tree import pack  # noqa: E402
 from edgellm.tune.scheme import Site  # noqa: E402
 from edgellm.tune.weights import BaseWeights  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama  # noqa: E402

@@ -10,17 +10,19 @@ torch = pytest.importorskip("torch")
 
 from edgellm.errors import ConfigError  # noqa: E402
 from edgellm.tune.architecture import TARGETS  # noqa: E402
-from edgellm.tune.decoder import Decoder, pack  # noqa: E402
+from edgellm.tune.decoder import Decoder  # noqa: E402
 from edgellm.tune.lora import Lora, LoraConfig  # noqa: E402
 from edgellm.tune.loss import token_losses  # noqa: E402
+from edgellm.tune.prefix_tree import pack  # noqa: E402
 from edgellm.tune.scheme import Site  # noqa: E402
 from edgellm.tune.weights import BaseWeights  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama  # noqa: E402
 from tests.tune.dense import DenseDecoder, to_transformers  # noqa: E402
 from tests.tune.rig import TEXT  # noqa: E402
 
-SEQUENCES = [list(TEXT[:23]), list(TEXT[5:60]), list(TEXT[40:52])]
+SEQUENCES = [list(TEXT[:23]), list(TEXT[5:60]), list(TEXT[40:52]), list(TEXT[:16] + TEXT[60:70])]
 ANSWERS = [[place > 10 for place in range(23)], [place % 3 != 1 for place in range(55)], [False] * 6 + [True] * 6]
+ANSWERS.append([place > 12 for place in range(26)])  # begins like the first, also with some of its answer
 SCHEMES = {
     "everything": [Site(layer, tensor) for layer in range(3) for tensor in TARGETS],
     "top": [Site(2, tensor) for tensor in TARGETS],
@@ -31,10 +33,12 @@ SCHEMES = {
 def _loss(decoder: Decoder, lora: Lora) -> torch.Tensor:
     """The sum over answer tokens of all SEQUENCES, packed; each row predicts the next."""
     packed = pack([sequence[:-1] for sequence in SEQUENCES])
-    rows = torch.tensor([answer for answers in ANSWERS for answer in answers[1:]])
-    targets = torch.tensor([token for sequence in SEQUENCES for token in sequence[1:]])
+    assert len(packed.tokens) < sum(len(sequence) - 1 for sequence in SEQUENCES)
+    answers = torch.tensor([answer for some in ANSWERS for answer in some[1:]])
+    rows = torch.cat([packed.rows(number) for number in range(len(SEQUENCES))])[answers]
+    targets = torch.tensor([token for sequence in SEQUENCES for token in sequence[1:]])[answers]
     hidden = decoder.normalise(decoder.hidden(packed, lora)[rows])
-    return token_losses(hidden, decoder.head, targets[rows]).losses.sum()
+    return token_losses(hidden, decoder.head, targets).losses.sum()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -66,3 +67,24 @@ step_back()
 print(os.nice(0), Path("/proc/self/oom_score_adj").read_text().strip(), os.sched_getscheduler(0) == os.SCHED_BATCH)
 """
     assert said(code) == "19 1000 True"
+
+
+@linux
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_what_is_freed_goes_back_to_the_system() -> None:
+    code = """
+import numpy as np
+from edgellm.tune.own_process import private_bytes, thrifty_allocation
+for thrifty in (False, True):
+    if thrifty:
+        thrifty_allocation()
+    np.ones(16 << 20, np.uint8)  # after which glibc takes what is smaller from its heap, if nothing was said
+    some = [np.ones(4 << 20, np.uint8) for _ in range(50)]
+    before = private_bytes()
+    del some[::2]  # gaps between those that stay
+    print((before - private_bytes()) >> 20)
+    del some
+"""
+    kept, thrifty = map(int, said(code).split())
+    assert kept < 20
+    assert thrifty >= 95

@@ -116,11 +116,15 @@ def test_how_a_step_is_packed_changes_nothing(decoder: Decoder) -> None:
 
 def test_a_batch_learns_what_is_masked_and_nothing_else() -> None:
     examples = some_examples()
-    batch = examples.batch([3, 0, 5])
-    assert batch.packed.lengths == tuple(len(examples.sequences[number].tokens) for number in (3, 0, 5))
-    assert batch.packed.tokens[batch.places + 1].tolist() == batch.targets.tolist()
-    assert len(batch.targets) == sum(examples.sequences[number].trained_tokens for number in (3, 0, 5))
-    assert batch.owners.bincount().tolist() == [examples.sequences[number].trained_tokens for number in (3, 0, 5)]
+    members = [3, 0, 5]
+    batch = examples.batch(members)
+    assert batch.tokens == sum(len(examples.sequences[number].tokens) for number in members)
+    for index, number in enumerate(members):
+        one, mine = examples.sequences[number], batch.owners == index
+        rows = batch.packed.rows(index).tolist()
+        learnt = one.mask.nonzero()[0].tolist()
+        assert batch.targets[mine].tolist() == one.tokens[learnt].tolist()
+        assert batch.places[mine].tolist() == [rows[place - 1] for place in learnt]
 
 
 def test_pairs_stay_together_in_packs() -> None:

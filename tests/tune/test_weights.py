@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from edgellm.tune.weights import BaseWeights, compute_type, product  # noqa: E402
+from edgellm.tune.weights import BaseWeights, compute_type  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama  # noqa: E402
 
 
@@ -25,27 +25,6 @@ def test_parts_of_a_matrix(weights: BaseWeights) -> None:
     assert torch.equal(matrix.expand(torch.float32, 5, 9), whole[5:9])
     assert torch.equal(matrix.look_up(torch.tensor([7, 3, 7])), whole[[7, 3, 7]])
     assert torch.equal(matrix.expand(torch.bfloat16), whole.bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_and_its_gradient(weights: BaseWeights, dtype: torch.dtype) -> None:
-    matrix = weights.matrix("blk.1.ffn_down.weight")
-    dense = matrix.expand(dtype)
-    torch.manual_seed(0)
-    x, y = torch.randn(9, matrix.columns, dtype=dtype), torch.randn(9, matrix.rows, dtype=dtype)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found, expected = product(ours, matrix), theirs @ dense.T
-    assert torch.equal(found, expected)
-    found.backward(y)
-    expected.backward(y)
-    assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_nothing_is_kept_for_backward(weights: BaseWeights) -> None:
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        product(torch.randn(3, 64, requires_grad=True), weights.matrix("blk.0.attn_q.weight"))
-    assert kept == []
 
 
 def test_names(weights: BaseWeights) -> None:
