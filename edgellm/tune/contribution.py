@@ -41,15 +41,16 @@ def analyse(
     config: LoraConfig,
     *,
     pack_tokens: int,
+    recompute: bool = True,
     tokens: int = TOKENS,
     seed: int = 0,
 ) -> Contributions:
     """The gain of every matrix. Looks at about `tokens` tokens of the examples, of pairs at the preferred answers.
 
-    Memory is that of one layer's pass over `pack_tokens` tokens.
+    Memory is that of a pass over `pack_tokens` tokens: with `recompute` through one layer, else through all.
     """
     lora = Lora(decoder.shape, every_site(decoder.shape.layers), config, seed=seed)
-    recompute, decoder.recompute = decoder.recompute, True
+    before, decoder.recompute = decoder.recompute, recompute
     found: list[dict[Site, Tensor]] = []
     seen = 0
     try:
@@ -60,7 +61,7 @@ def analyse(
             for tensor in lora.parameters():
                 tensor.grad = None
     finally:
-        decoder.recompute = recompute
+        decoder.recompute = before
     first, second = found
     gains = {}
     for site in lora.pairs:  # both ways round: one half's noise is not the other's

@@ -23,7 +23,8 @@ from edgellm.tune.spec import RunSpec
 
 Report = Callable[[dict[str, Any]], None]
 _VERSION = 1
-_ANALYSIS_PACK = 512  # tokens
+_ANALYSIS_PACK = 1024  # tokens: no more memory than the training after it
+_THRIFTY_PACK = 512  # the same where memory is limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,15 @@ def _analysis(
         return kept
     report({"event": "analysing"})
     config = LoraConfig(numbers.rank, numbers.alpha, spec.rank_stabilised)
+    thrifty = spec.memory_budget_bytes is not None
+    pack = _THRIFTY_PACK if thrifty else _ANALYSIS_PACK
     started = time.monotonic()
-    found = analyse(decoder, examples, config, pack_tokens=_ANALYSIS_PACK, seed=spec.seed)
+    found = analyse(decoder, examples, config, pack_tokens=pack, recompute=thrifty, seed=spec.seed)
     seconds = max(1e-6, time.monotonic() - started)
-    # Each layer is gone through forwards twice and backwards once.
-    work = 3 * decoder.shape.layers * layer_work(decoder.shape) + 2 * decoder.shape.vocabulary * decoder.shape.width
+    # Each layer is gone through forwards, once or twice, and backwards.
+    work = (3 if thrifty else 2) * decoder.shape.layers * layer_work(
+        decoder.shape
+    ) + 2 * decoder.shape.vocabulary * decoder.shape.width
     analysis = Analysis(found.gains, found.tokens * work / seconds)
     if path is not None:
         try:

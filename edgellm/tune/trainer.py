@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,12 +22,12 @@ from edgellm.tune.lora import Lora
 from edgellm.tune.loss import TokenLosses, token_losses
 from edgellm.tune.objective import BETA, Score, log_likelihoods, preferences, supervised
 from edgellm.tune.prefix_cache import PrefixCache
+from edgellm.tune.schedule import learning_rate_at, step_examples
 
 PACK_TOKENS = 2048
 """Of a pack, if memory allows."""
 
 _CLIP = 1.0  # of the gradient's norm
-_WARMUP_SHARE = 0.05  # of the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +48,6 @@ class TrainingPlan:
         for value in (self.learning_rate, self.beta):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"the learning rate and beta must be positive numbers, not {value}")
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step `step`, from 0, of `steps`."""
-        warmup = max(1, round(_WARMUP_SHARE * steps))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        part = (step - warmup) / max(1, steps - warmup)
-        return self.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +173,11 @@ class Trainer:
         self.done = int(state["done"])
 
     def _examples_of_step(self, step: int) -> Sequence[int]:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.plan.seed, epoch)).permutation(len(self._training.examples))
-        first = index * self.plan.batch_size
-        return [int(number) for number in order[first : first + self.plan.batch_size]]
+        count, plan = len(self._training.examples), self.plan
+        return step_examples(step, count=count, batch_size=plan.batch_size, seed=plan.seed)
 
     def _step(self, numbers: Sequence[int]) -> StepMetrics:
-        rate = self.plan.rate(self.done, self.total_steps)
+        rate = learning_rate_at(self.done, steps=self.total_steps, height=self.plan.learning_rate)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         sums = _Sums()

@@ -87,12 +87,3 @@ def encode(model: Path, data: Path, row_tokens: int) -> tuple[TrainingSequence, 
             return load_file(data, "supervised", ModelCoder(vocab, template), row_tokens, least=1).sequences
     finally:
         opened.close()
-
-
-def batches(rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Which rows each step takes, in edgellm's order (edgellm/tune/trainer.py), so that its rivals take the same."""
-    found = []
-    for epoch in range(epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(rows).tolist()
-        found += [order[first : first + batch_size] for first in range(0, rows, batch_size)]
-    return found

@@ -20,6 +20,7 @@ from edgellm.models.gguf import read_header
 from edgellm.models.split import split_headers
 from edgellm.tune.architecture import Architecture, read_architecture
 from edgellm.tune.defaults import learning_rate
+from edgellm.tune.schedule import learning_rate_at, step_examples
 from edgellm.tune.scheme import parse_scheme
 from edgellm.tune.spec import RunSpec
 
@@ -139,13 +140,14 @@ class Bench:
         }
         if way == "c":
             return task
-        batches = tune_data.batches(self.rows.count, one.batch_size, one.epochs, one.seed)
+        steps = one.epochs * -(-self.rows.count // one.batch_size)
+        rows = {"count": self.rows.count, "batch_size": one.batch_size, "seed": one.seed}
         return task | {
             "rank": one.rank,
             "alpha": one.alpha,
             "modules": "all-linear" if way == "a" else self._modules(),
-            "batches": batches,
-            "rates": schedule(rate, len(batches)),
+            "batches": [step_examples(step, **rows) for step in range(steps)],
+            "rates": [learning_rate_at(step, steps=steps, height=rate) for step in range(steps)],
         }
 
     def dtype(self, way: str) -> str:
@@ -205,14 +207,6 @@ class Bench:
         run = watch([*command, argument], kept.with_suffix(".log"), _environment(self.setting.threads))
         kept.write_text(json.dumps(asdict(run)))
         return run
-
-
-def schedule(rate: float, steps: int) -> list[float]:
-    """The trainer's own learning rate of each step."""
-    from edgellm.tune.trainer import TrainingPlan  # loads torch
-
-    plan = TrainingPlan(1, 1, rate)
-    return [plan.rate(step, steps) for step in range(steps)]
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -15,7 +15,6 @@ from bench.client import BenchError
 from bench.tune_runs import Point, Run, watch
 
 from edgellm.models.bundled import bundled_path
-from tests.support.tiny_gguf import write_tiny_llama
 
 
 def run_of(*points: tuple[float, float], start_s: float = 0.0, peak: int = 1) -> Run:
@@ -72,24 +71,6 @@ def test_tokens_of_rivals_are_those_of_the_trainer(tmp_path: Path) -> None:
     assert found.validation.read_text().count("What is 12 + 12?") == 1, "the last rows are the validation's"
     with pytest.raises(BenchError, match="too few"):
         tune_data.make_rows(source, model, tmp_path / "more", (13, 2), 512)
-
-
-def test_rivals_take_the_rows_in_the_order_of_the_trainer(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from edgellm.tune.batches import Examples
-    from edgellm.tune.coding import TrainingSequence
-    from edgellm.tune.decoder import Decoder
-    from edgellm.tune.lora import Lora, LoraConfig
-    from edgellm.tune.scheme import parse_scheme
-    from edgellm.tune.trainer import Trainer, TrainingPlan
-    from edgellm.tune.weights import BaseWeights
-
-    decoder = Decoder(BaseWeights(write_tiny_llama(tmp_path / "tiny.gguf")), dtype=torch.float32)
-    lora = Lora(decoder.shape, parse_scheme("top-1", decoder.shape.layers), LoraConfig(2, 4.0))
-    sequence = TrainingSequence(np.array([1, 2], np.int32), np.array([False, True]))
-    trainer = Trainer(decoder, lora, Examples((sequence,) * 7, 1), TrainingPlan(3, 3, 1e-3, seed=5))
-    mine = tune_data.batches(7, 3, 3, 5)
-    assert mine == [list(trainer._examples_of_step(step)) for step in range(trainer.total_steps)]
 
 
 _SAYS = """

@@ -87,7 +87,9 @@ def test_noise_gains_less_than_what_examples_share(decoder: Decoder) -> None:
 
 
 def test_it_leaves_the_decoder_as_it_was_and_comes_out_the_same(decoder: Decoder) -> None:
-    first, second = (analyse(decoder, alike(0, 8), CONFIG, pack_tokens=64) for _ in range(2))
+    first, second = (
+        analyse(decoder, alike(0, 8), CONFIG, pack_tokens=64, recompute=recompute) for recompute in (True, False)
+    )
     assert first == second
     assert not decoder.recompute
 
