@@ -40,7 +40,7 @@ def step_back() -> None:
 def thrifty_allocation() -> None:
     """Large allocations go back to the system as soon as they are freed (glibc; elsewhere nothing changes).
 
-    Otherwise freed tensors stay as gaps between others, up to as much again as is in use. It costs up to a fifth of the
+    Otherwise freed tensors stay as gaps between others, up to as much again as is in use. It costs up to a third more
     time, for memory that comes back is cleared first.
     """
     with contextlib.suppress(AttributeError):  # another C library
