@@ -23,7 +23,7 @@ from edgellm.tune.spec import RunSpec
 
 Report = Callable[[dict[str, Any]], None]
 _VERSION = 1
-_ANALYSIS_PACK = 1024  # tokens: no more memory than the training after it
+_ANALYSIS_PACK = 1024  # tokens: about half the memory of training every matrix in packs of 2048
 _THRIFTY_PACK = 512  # the same where memory is limited
 
 
