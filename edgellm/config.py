@@ -153,6 +153,12 @@ class Settings(BaseSettings):
         description="on: experts that are read are checked against checksums, which are made of the file at the first "
         "start; flash that has rotted ends a request with an error.",
     )
+    draft: str = Field(
+        "auto",
+        min_length=1,
+        description="What drafts the next tokens of answers, for the model to verify several in one step; the answers "
+        "are what they are without. auto, ngram: the prompt, the answer so far and earlier answers. none: nothing.",
+    )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 
     # HTTP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgellm.chat.json_schema import json_object_gbnf, schema_to_gbnf, tool_call_gbnf
@@ -15,10 +15,11 @@ from edgellm.errors import RequestError, SchemaError
 from serving.generation import token_budget
 from serving.service import Leased, Service
 from serving.wire.chat import ChatCompletionRequest
-from serving.wire.messages import AssistantMessage
+from serving.wire.messages import AssistantMessage, text_of
 from serving.wire.sampling import SEEDS
 from serving.wire.tools import AllowedToolsChoice, JsonSchemaResponseFormat, NamedToolChoice
 
+_CHARS_PER_TOKEN = 16  # of a prediction: more text than this for each token of the context is not looked at
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
 
@@ -83,11 +84,22 @@ async def prepare_chat(service: Service, leased: Leased, request: ChatCompletion
         grammar = _grammar(request, plan, format)
     param = "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens"
     budget = token_budget(request.limit_tokens, len(prompt), loaded.context_tokens, param)
+    wanted = build_request(loaded, leased, request, prompt, budget, grammar, request.logprob_count)
     return ChatJob(
-        build_request(loaded, leased, request, prompt, budget, grammar, request.logprob_count),
+        replace(wanted, prediction=await _prediction(loaded, request)),
         format,
         request.parallel_tool_calls,
     )
+
+
+async def _prediction(loaded: LoadedModel, request: ChatCompletionRequest) -> tuple[int, ...]:
+    """The tokens of the text that the client expects. What lies beyond the context is of no use."""
+    if request.prediction is None or loaded.runner.speculator is None:
+        return ()
+    limit = loaded.context_tokens
+    text = text_of(request.prediction.content)[: limit * _CHARS_PER_TOKEN]
+    tokens = await asyncio.to_thread(loaded.vocab.tokenize, text, add_special=False, parse_special=False)
+    return tuple(tokens[:limit])
 
 
 def build_request(

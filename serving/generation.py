@@ -37,11 +37,14 @@ class _Answer:
         self.released = 0
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
+        self.accepted_drafts = 0
+        self.rejected_drafts = 0
         self.last_token_s = 0.0
         self.finished = False
 
     def feed(self, event: TokenEvent) -> tuple[str, tuple[TokenLogprob, ...]]:
         self.cached_tokens = event.cached_tokens
+        self.accepted_drafts, self.rejected_drafts = event.accepted_drafts, event.rejected_drafts
         text = self.text.feed(event.token)
         if event.logprob is None:
             return text, ()
@@ -54,7 +57,8 @@ class _Answer:
     @property
     def usage(self) -> Usage:
         """Of an answer that is ended here, before the engine ends it."""
-        return Usage(self.prompt_tokens, self.text.tokens_fed, self.cached_tokens)
+        drafts = self.accepted_drafts, self.rejected_drafts
+        return Usage(self.prompt_tokens, self.text.tokens_fed, self.cached_tokens, *drafts)
 
     def _release(self) -> tuple[TokenLogprob, ...]:
         count = self.text.tokens_released - self.released

@@ -24,6 +24,8 @@ from edgellm.models.memory import available_memory_bytes
 from edgellm.moe.layout import ExpertLayout
 from edgellm.moe.pager import Pager, load_paged
 from edgellm.moe.skeleton import PROFILE_NAME
+from edgellm.speculative.loading import FOLDER, load_speculator
+from edgellm.speculative.speculator import DRAFT_TOKENS
 
 _log = logging.getLogger(__name__)
 
@@ -124,12 +126,17 @@ def _make_runner(
             can_roll_back=model.can_roll_back,
             window=model.window_tokens,
         )
+        speculator = None
+        if context.has_memory:
+            folder = home_dir() / FOLDER / info.path.stem
+            speculator = load_speculator(model, context, settings, folder, measured=layout is None)
         limits = RunnerLimits(
             parallel=settings.parallel,
             batch_tokens=BATCH_TOKENS,
             prompt_chunk_tokens=min(settings.prompt_chunk_tokens, BATCH_TOKENS),
+            draft_rows=context.params.outputs - settings.parallel,
         )
-        runner = Runner(model, context, limits, cache, pager=_pager(model, layout))
+        runner = Runner(model, context, limits, cache, speculator=speculator, pager=_pager(model, layout))
         undo.pop_all()
     return runner
 
@@ -139,7 +146,7 @@ def _context_params(info: ModelInfo, settings: Settings, sequences: int) -> Cont
         context_tokens=context_tokens_for(info, settings),
         sequences=sequences,
         batch_tokens=BATCH_TOKENS,
-        outputs=max(settings.parallel, 1),
+        outputs=max(sequences, settings.parallel + DRAFT_TOKENS),
         threads=settings.threads or default_threads(),
         flash_attention=settings.flash_attention,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgellm.engine.cache import AdapterSet
@@ -38,7 +38,6 @@ def plan_step(
     *,
     batch_tokens: int,
     prompt_chunk_tokens: int,
-    draft: Callable[[Answer], tuple[int, ...]] = lambda _answer: (),
 ) -> list[Share]:
     """Shares of the next step for the answers that use `adapters`.
 
@@ -46,13 +45,8 @@ def plan_step(
     running, in whatever adapter set, they get at most `prompt_chunk_tokens` together.
     """
     members = [answer for answer in running if answer.job.request.adapters == adapters]
-    shares: list[Share] = []
-    room = batch_tokens
-    decoding = [answer for answer in members if answer.pending == 1]
-    for later, answer in zip(range(len(decoding) - 1, -1, -1), decoding, strict=True):
-        guess = draft(answer)[: max(0, room - 1 - later)]  # the others' next tokens go before drafts
-        shares.append(Share(answer, 1, True, guess))
-        room -= 1 + len(guess)
+    shares = [Share(answer, 1, True) for answer in members if answer.pending == 1]
+    room = batch_tokens - len(shares)
     streaming = any(answer.pending == 1 for answer in running)
     budget = min(room, prompt_chunk_tokens) if streaming else room
     for answer in members:

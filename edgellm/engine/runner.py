@@ -19,12 +19,14 @@ from edgellm.backend.context import Context
 from edgellm.backend.model import Adapter, Model
 from edgellm.backend.sampler import Sampler
 from edgellm.engine.cache import AdapterSet, PrefixCache
+from edgellm.engine.drafting import Drafting
 from edgellm.engine.logprobs import token_logprob
 from edgellm.engine.plan import Share, choose_adapters, plan_step
-from edgellm.engine.sequence import Answer, Job, Proposer
+from edgellm.engine.sequence import Answer, Job
 from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
 from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError, ModelUnsupportedError
 from edgellm.moe.pager import Pager
+from edgellm.speculative.speculator import Speculator
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class RunnerLimits:
     parallel: int  # answers running at the same time
     batch_tokens: int  # rows of a step
     prompt_chunk_tokens: int  # prompt rows of a step while a stream is running
-    draft_tokens: int = 0  # drafted rows of an answer in a step
+    draft_rows: int = 0  # drafted rows of a step
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class Runner:
         limits: RunnerLimits,
         cache: PrefixCache,
         *,
-        proposer: Proposer | None = None,
+        speculator: Speculator | None = None,
         pager: Pager | None = None,
     ) -> None:
         self.model = model
@@ -73,7 +75,8 @@ class Runner:
         self.cache = cache
         self.stats = RunnerStats()
         self.adapters: dict[str, Adapter] = {}
-        self._proposer = proposer if model.can_roll_back else None
+        self.speculator = speculator if model.can_roll_back else None
+        self._drafting = Drafting(self.speculator) if self.speculator is not None else None
         self.pager = pager
         self._batch = Batch(limits.batch_tokens)
         self._waiting: deque[Answer] = deque()
@@ -212,7 +215,7 @@ class Runner:
 
     def _plan(self) -> list[Share]:
         if self._steady is not None and self.cache.reserve(len(self._steady)):
-            return self._steady
+            return self._with_drafts(self._steady, len(self._steady))
         while self._running:
             adapters = choose_adapters(self._running, self._active)
             shares = plan_step(
@@ -220,26 +223,22 @@ class Runner:
                 adapters,
                 batch_tokens=self.limits.batch_tokens,
                 prompt_chunk_tokens=self.limits.prompt_chunk_tokens,
-                draft=self._draft,
             )
             needed = sum(share.rows for share in shares)
             if self.cache.reserve(needed):
                 # Each answer decodes, one token at a time: so it goes on until one ends or another one comes.
                 decoding = needed == len(shares) == len(self._running) and all(share.completes for share in shares)
-                self._steady = shares if decoding and self._proposer is None else None
-                return shares
-            bare = [replace(share, draft=()) for share in shares]
-            if self.cache.reserve(sum(share.rows for share in bare)):
-                return bare
+                self._steady = shares if decoding else None
+                return self._with_drafts(shares, needed)
             self._make_room()
         return []
 
-    def _draft(self, answer: Answer) -> tuple[int, ...]:
-        request = answer.job.request
-        limit = min(self.limits.draft_tokens, request.max_tokens - answer.generated - 1)
-        if self._proposer is None or limit <= 0 or not answer.generated:
-            return ()
-        return tuple(self._proposer.propose(answer.tokens, limit))[:limit]
+    def _with_drafts(self, shares: list[Share], rows: int) -> list[Share]:
+        """Drafts take what is left over of the step and of the cells: nothing makes way for a guess."""
+        if self._drafting is None:
+            return shares
+        room = min(self.limits.draft_rows, self.limits.batch_tokens - rows, self.cache.ledger.free - rows)
+        return self._drafting.add(shares, room)
 
     def _make_room(self) -> None:
         """Preempts the youngest answer; it resumes from its own tokens later. The last one left has filled the cache
@@ -277,6 +276,8 @@ class Runner:
         self.stats.decode_seconds += seconds
         if self.pager is not None:
             self.pager.after_step(seconds, batch.n_tokens)
+        if self._drafting is not None:
+            self._drafting.speculator.observe(batch.n_tokens, seconds)
 
     def _collect(self, shares: Sequence[Share]) -> None:
         row = 0
@@ -292,20 +293,22 @@ class Runner:
 
     def _draw(self, share: Share, row: int) -> None:
         """Draws from the row of the last pending token, then from those of the drafts for as long as they match."""
-        answer = share.answer
-        length = len(answer.tokens)
-        for offset in range(len(share.draft) + 1):
-            token = self._draw_one(answer, row + offset)
-            if token is None or offset == len(share.draft) or token != share.draft[offset]:
+        answer, draft = share.answer, share.draft
+        length, line = len(answer.tokens), answer.line
+        answer.rejected_drafts += len(draft)  # until they are accepted
+        for offset in range(len(draft) + 1):
+            drafted = draft[offset] if offset < len(draft) else None
+            token = self._draw_one(answer, row + offset, drafted)
+            if token is None or token != drafted:
                 break
-            answer.accepted_drafts += 1
-        if share.draft and answer.entry is not None:
+        if self._drafting is not None and line is not None:
+            self._drafting.drawn(line, answer.tokens[length:])
+        if draft and answer.entry is not None:
             kept = len(answer.tokens) - length  # drawn tokens; the last is not in the cache yet
-            answer.rejected_drafts += len(share.draft) - min(len(share.draft), max(kept - 1, 0))
             self.cache.truncate(answer.entry, length + max(kept - 1, 0))
 
-    def _draw_one(self, answer: Answer, row: int) -> int | None:
-        """Draws and reports one token. None when the answer is over."""
+    def _draw_one(self, answer: Answer, row: int, drafted: int | None = None) -> int | None:
+        """Draws and reports one token, where `drafted` was guessed. None when the answer is over."""
         request = answer.job.request
         sampler = answer.sampler
         try:
@@ -325,7 +328,11 @@ class Runner:
         answer.tokens.append(token)
         answer.generated += 1
         self.stats.generated_tokens += 1
-        self._report(answer.job, TokenEvent(answer.index, token, logprob, answer.cached_tokens))
+        if token == drafted:
+            answer.accepted_drafts += 1
+            answer.rejected_drafts -= 1
+        drafts = answer.accepted_drafts, answer.rejected_drafts
+        self._report(answer.job, TokenEvent(answer.index, token, logprob, answer.cached_tokens, *drafts))
         if answer.generated >= request.max_tokens or len(answer.tokens) >= self.context.context_tokens:
             self._finish(answer, FinishReason.LENGTH)
             return None
@@ -355,6 +362,8 @@ class Runner:
     def _leave(self, answer: Answer) -> None:
         answer.finished = True
         answer.sampler.close()
+        if self._drafting is not None:
+            self._drafting.ended(answer)
         if answer in self._running:
             self._running.remove(answer)
             self._steady = None
@@ -411,6 +420,8 @@ class Runner:
         self.context.close()
         if self.pager is not None:
             self.pager.save()
+        if self.speculator is not None:
+            self.speculator.save()
         self.model.close()
 
     @staticmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from edgellm.backend.context import Context
 from edgellm.engine.cache import Entry
 from edgellm.engine.types import Event, EventSink, GenerateRequest, Usage
+from edgellm.speculative.proposer import Prompt
+from edgellm.speculative.speculator import Line
 
 
 class TokenSampler(Protocol):
@@ -17,14 +18,6 @@ class TokenSampler(Protocol):
     def sample(self, context: Context, row: int) -> int | None: ...
 
     def close(self) -> None: ...
-
-
-class Proposer(Protocol):
-    """Guesses the next tokens of an answer. Wrong guesses cost time, never correctness."""
-
-    def propose(self, tokens: Tokens[int], limit: int) -> Tokens[int]:
-        """At most `limit` tokens that may follow `tokens` (prompt and answer so far)."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +30,7 @@ class Job:
     answers: list[Answer] = field(default_factory=list)
     cancelled: bool = False
     events: list[Event] = field(default_factory=list)  # of the current step, not yet delivered
+    draft_prompt: Prompt | None = None  # what drafting makes of the prompt, for all answers
 
     @property
     def unfinished(self) -> int:
@@ -58,6 +52,7 @@ class Answer:
     cached_tokens: int = 0
     accepted_drafts: int = 0
     rejected_drafts: int = 0
+    line: Line | None = None  # what drafting knows of it
     finished: bool = False
 
     @property

@@ -53,6 +53,7 @@ class GenerateRequest:
     ignore_eos: bool = False
     top_logprobs: int | None = None  # None: no logprobs; 0: the drawn token's only
     adapters: tuple[AdapterUse, ...] = ()
+    prediction: tuple[int, ...] = ()  # what the answer is expected to be; it is drafted from, and changes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ class TokenEvent:
     token: int
     logprob: TokenLogprob | None = None
     cached_tokens: int = 0  # of the prompt
+    accepted_drafts: int = 0  # of the answer up to here, as in Usage
+    rejected_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

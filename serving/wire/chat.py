@@ -44,7 +44,10 @@ class ChatCompletionRequest(GenerationRequest):
     parallel_tool_calls: Annotated[bool, NULL_IS_DEFAULT] = Field(
         default=True, description="Allow several calls at once."
     )
-    prediction: Prediction | None = Field(default=None, description="Accepted; not used to speed up the answer.")
+    prediction: Prediction | None = Field(
+        default=None,
+        description="A text that much of the answer will repeat. It is drafted from, which changes only the speed.",
+    )
     chat_template_kwargs: JsonObject | None = Field(
         default=None, description="Extension. Variables for the chat template."
     )

@@ -14,8 +14,9 @@ from edgellm.backend.model import Adapter, Model
 from edgellm.backend.sampler import Sampler, SamplingParams
 from edgellm.engine.cache import PrefixCache
 from edgellm.engine.runner import Runner, RunnerLimits
-from edgellm.engine.sequence import Job, Proposer
+from edgellm.engine.sequence import Job
 from edgellm.engine.types import ErrorEvent, Event, FinishEvent, GenerateRequest, TokenEvent, TokenLogprob
+from edgellm.speculative.speculator import Speculator
 from tests.support.gguf_writer import SPECIAL_TOKENS, vocabulary
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -69,10 +70,10 @@ def a_runner(
     parallel: int = 8,
     batch_tokens: int = 256,
     prompt_chunk_tokens: int = 32,
-    draft_tokens: int = 0,
+    draft_rows: int = 0,
     idle_cells: int = 512,
     saved_bytes: int = 0,
-    proposer: Proposer | None = None,
+    speculator: Speculator | None = None,
     adapters: dict[str, Path] | None = None,
     eval_callback: EvalCallback | None = None,
 ) -> Iterator[Runner]:
@@ -83,7 +84,7 @@ def a_runner(
         context_tokens=context_tokens,
         sequences=sequences,
         batch_tokens=batch_tokens,
-        outputs=parallel * (1 + draft_tokens),
+        outputs=parallel + draft_rows,
         threads=1,
         flash_attention="off",  # its tiles round differently for every number of rows
         eval_callback=eval_callback,
@@ -98,8 +99,8 @@ def a_runner(
         can_roll_back=model.can_roll_back,
         window=model.window_tokens,
     )
-    limits = RunnerLimits(parallel, batch_tokens, prompt_chunk_tokens, draft_tokens)
-    runner = Runner(model, context, limits, cache, proposer=proposer)
+    limits = RunnerLimits(parallel, batch_tokens, prompt_chunk_tokens, draft_rows)
+    runner = Runner(model, context, limits, cache, speculator=speculator)
     for name, file in (adapters or {}).items():
         runner.add_adapter(name, Adapter(model, file))
     try:

@@ -58,30 +58,15 @@ def test_a_stream_of_another_adapter_set_counts() -> None:
     assert [share.count for share in shares] == [20]
 
 
-def test_drafts_follow_their_token() -> None:
-    stream = _answer(1, done=3)
-    (share,) = _plan([stream], draft=lambda _answer: (7, 8))
-    assert (share.count, share.draft, share.rows) == (1, (7, 8), 3)
-
-
 @given(
     st.lists(st.tuples(st.just(1) | st.integers(1, 80), st.sampled_from([(), ONE])), min_size=1, max_size=16),
     st.integers(16, 64),
     st.integers(1, 64),
-    st.integers(0, 12),
 )
-def test_a_step_keeps_its_bounds(
-    wanted: list[tuple[int, AdapterSet]], batch_tokens: int, chunk: int, draft_tokens: int
-) -> None:
+def test_a_step_keeps_its_bounds(wanted: list[tuple[int, AdapterSet]], batch_tokens: int, chunk: int) -> None:
     running = [_answer(pending, adapters) for pending, adapters in wanted]
     for adapters in {answer.job.request.adapters for answer in running}:
-        shares = _plan(
-            running,
-            adapters,
-            batch_tokens=batch_tokens,
-            prompt_chunk_tokens=chunk,
-            draft=lambda _answer: (5,) * draft_tokens,
-        )
+        shares = _plan(running, adapters, batch_tokens=batch_tokens, prompt_chunk_tokens=chunk)
         assert shares
         assert sum(share.rows for share in shares) <= batch_tokens
         assert all(share.answer.job.request.adapters == adapters for share in shares)

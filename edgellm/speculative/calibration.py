@@ -1,0 +1,35 @@
+"""How long steps of some widths take, measured before a model serves."""
+
+from __future__ import annotations
+
+import time
+
+from edgellm.backend.batch import Batch
+from edgellm.backend.context import Context
+
+_WIDTHS = (1, 2, 4, 8, 16)
+_ROUNDS = 3  # the first touches memory for the first time
+
+
+def measure_steps(context: Context, *, outputs: int, most_s: float = 1.0) -> dict[int, float]:
+    """Seconds by rows, for an empty context, which is left empty. Widths beyond `outputs` are left out, as are those
+    that `most_s` seconds do not suffice for; one row is always measured.
+
+    Raises BackendError.
+    """
+    batch = Batch(max(_WIDTHS))
+    found: dict[int, float] = {}
+    ends_s = time.perf_counter() + most_s
+    for width in _WIDTHS:
+        if width > outputs or (found and time.perf_counter() + 2 * max(found.values()) * _ROUNDS > ends_s):
+            break
+        for turn in range(_ROUNDS):
+            batch.clear()
+            batch.extend(range(width), 0, 0, outputs=width)
+            started = time.perf_counter()
+            context.decode(batch)
+            seconds = time.perf_counter() - started
+            context.remove(0)
+            if turn:
+                found[width] = min(seconds, found.get(width, seconds))
+    return found

@@ -1,0 +1,81 @@
+"""The speculator of a model that is being loaded, from the settings and from what was learned before."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+from edgellm.backend.context import Context
+from edgellm.backend.model import Model
+from edgellm.backend.packing import packing_kernels
+from edgellm.config import Settings
+from edgellm.speculative.calibration import measure_steps
+from edgellm.speculative.costs import StepCosts
+from edgellm.speculative.learned import Learned, read_learned, write_learned
+from edgellm.speculative.lookup import History, Lookup
+from edgellm.speculative.speculator import Speculator
+
+_log = logging.getLogger(__name__)
+_HISTORY_TOKENS = 1 << 17  # of earlier answers that are remembered; about 12 MB
+_LEARNED = "learned.json"
+FOLDER = "speculative"
+"""Below the state directory; a folder for each model in it."""
+
+
+def no_drafting(model: Model, settings: Settings) -> str | None:
+    """Why answers of this model are not drafted; None if they are."""
+    if settings.draft == "none":
+        return "switched off by --draft none"
+    if not model.can_roll_back:
+        return "the model is recurrent or hybrid: its state cannot be taken back to before a rejected token"
+    if model.has_encoder or not model.has_decoder:
+        return "the model does not generate text"
+    return None
+
+
+def load_speculator(
+    model: Model, context: Context, settings: Settings, folder: Path, *, measured: bool = True
+) -> Speculator | None:
+    """The speculator of `model`; None where `no_drafting` says why.
+
+    `folder` is the model's own, for what is learned. Step times are measured if they are not known from before and
+    `measured` is set. Raises BackendError.
+    """
+    if (reason := no_drafting(model, settings)) is not None:
+        if settings.draft != "none":
+            _log.info("%s: answers are not drafted: %s", model.path.name, reason)
+        return None
+    machine = _machine(model, context, settings)
+    learned = read_learned(folder / _LEARNED, machine)
+    steps = dict(learned.steps) if learned is not None else {}
+    if not steps and measured:
+        steps = measure_steps(context, outputs=context.params.outputs)
+    speculator = Speculator([Lookup(History(_HISTORY_TOKENS))], StepCosts(steps or None))
+    for proposer in speculator.proposers:
+        before = learned.weights.get(proposer.name, ()) if learned is not None else ()
+        if len(before) == len(proposer.acceptance.weights):
+            proposer.acceptance.weights = list(before)
+    speculator.save = _saver(speculator, folder / _LEARNED, machine)
+    return speculator
+
+
+def _saver(speculator: Speculator, path: Path, machine: str) -> Callable[[], None]:
+    def save() -> None:
+        weights = {proposer.name: tuple(proposer.acceptance.weights) for proposer in speculator.proposers}
+        steps = speculator.costs.measured() if speculator.costs.known else {}
+        try:
+            if steps:
+                write_learned(path, machine, Learned(steps, weights))
+        except OSError as error:
+            _log.warning("what drafting has learned cannot be kept: %s", error)
+
+    return save
+
+
+def _machine(model: Model, context: Context, settings: Settings) -> str:
+    """Whatever changes the time of a step."""
+    weights = packing_kernels() if settings.packed_weights == "auto" else "as in the file"
+    size = model.path.stat().st_size
+    return f"{size} bytes, weights {weights}, {context.params.threads} threads, {platform.machine()}"

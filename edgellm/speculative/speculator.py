@@ -1,0 +1,169 @@
+"""Drafting for one target model: asks the proposers, decides what is verified, learns from what became of it.
+
+Knows token ids and seconds; the engine verifies, by drawing each token as if there were no drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgellm.speculative.costs import StepCosts
+from edgellm.speculative.proposer import Guess, Prompt, Proposer, Want
+from edgellm.speculative.share_out import share_out
+
+DRAFT_TOKENS = 15
+"""Most drafted tokens of an answer in a step."""
+
+
+@dataclass(slots=True)
+class ProposerStats:
+    """Counts since the model was loaded."""
+
+    guesses: int = 0  # that were verified, in whole or in part
+    accepted: int = 0  # tokens
+    rejected: int = 0
+    saved_s: float = 0.0  # estimated: the steps that accepted tokens made needless, less what drafts added to others
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One answer, as far as drafting goes."""
+
+    prompt: Prompt
+    states: dict[str, Any]  # of each proposer
+    known: int  # tokens of the context that the proposers have been told
+    proposer: Proposer | None = None  # that made the guess of this step
+    guess: Guess | None = None
+    chances: list[float] = field(default_factory=list)  # that each token is accepted if those before it are
+    drafted: int = 0  # tokens of the guess that are verified
+
+
+@dataclass(frozen=True, slots=True)
+class Draftable:
+    """An answer that goes on in a step."""
+
+    line: Line
+    context: Sequence[int]  # prompt and answer so far
+    limit: int  # most tokens that may be drafted
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the step at hand consists of."""
+
+    answers: int
+    rows: int  # without drafts
+    drafted: int
+
+
+class Speculator:
+    """One for each loaded model; lives on the engine thread."""
+
+    def __init__(self, proposers: Sequence[Proposer], costs: StepCosts) -> None:
+        self.proposers = tuple(proposers)
+        self.costs = costs
+        self.stats = {proposer.name: ProposerStats() for proposer in proposers}
+        self.target_calls = 0  # rows with which answers went on: one for each answer in each step
+        self.tokens = 0  # that they brought
+        self.save: Callable[[], None] = lambda: None
+        """Keeps on disk what was learned."""
+        self._step = _Step(1, 1, 0)
+
+    # --- one answer -----------------------------------------------------------------------------------------------
+
+    def begin(self, prompt: Prompt) -> Line:
+        """Follows an answer from its first token on."""
+        states = {proposer.name: proposer.begin(prompt) for proposer in self.proposers}
+        return Line(prompt, states, len(prompt.tokens))
+
+    def end(self, line: Line, context: Sequence[int]) -> None:
+        """The answer is over. `context`: prompt and answer."""
+        answer = context[len(line.prompt.tokens) :]
+        for proposer in self.proposers:
+            proposer.end(line.states[proposer.name], answer)
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def draft(self, wanted: Sequence[Draftable], *, rows: int, room: int) -> list[tuple[int, ...]]:
+        """What to verify for each answer in a step of `rows` rows, to which at most `room` may be added.
+
+        Each of `wanted` has a row among these, for its next token.
+        """
+        for want in wanted:
+            self._tell(want)
+        for proposer in self.proposers:
+            self._ask(proposer, [want for want in wanted if want.limit > 0])
+        counts = share_out(
+            [want.line.chances for want in wanted],
+            answers=len(wanted),
+            rows=rows,
+            room=room if self.costs.known else 0,
+            seconds=self.costs.seconds,
+        )
+        drafts: list[tuple[int, ...]] = []
+        for want, count in zip(wanted, counts, strict=True):
+            guess = want.line.guess
+            want.line.drafted = count
+            drafts.append(guess.tokens[:count] if guess is not None else ())
+        self._step = _Step(len(wanted), rows, sum(counts))
+        return drafts
+
+    def _tell(self, want: Draftable) -> None:
+        line = want.line
+        line.proposer, line.guess, line.chances = None, None, []
+        if line.known < len(want.context):
+            new = want.context[line.known :]
+            for proposer in self.proposers:
+                proposer.extend(line.states[proposer.name], new)
+            line.known = len(want.context)
+
+    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable]) -> None:
+        """The guess from which the most is to be expected is the one that is kept."""
+        wants = [Want(want.line.states[proposer.name], want.context, want.limit) for want in wanted]
+        for want, guess in zip(wanted, proposer.propose(wants), strict=True):
+            if guess is None:
+                continue
+            line, probability = want.line, proposer.acceptance.probability
+            chances = [probability(evidence) for evidence in guess.evidence]
+            if expected_tokens(chances) > expected_tokens(line.chances):
+                line.proposer, line.guess, line.chances = proposer, guess, chances
+
+    def judge(self, line: Line, drawn: Sequence[int]) -> None:
+        """What the target drew in the step, one token or more. Judges what was guessed and not verified, too."""
+        self.target_calls += 1
+        self.tokens += len(drawn)
+        guess, proposer = line.guess, line.proposer
+        line.guess = None
+        if guess is None or proposer is None or not drawn:
+            return
+        fits: list[bool] = []
+        for token, guessed in zip(drawn, guess.tokens, strict=False):
+            fits.append(token == guessed)
+            if token != guessed:
+                break
+        proposer.judge(line.states[proposer.name], guess, fits)
+        if line.drafted:
+            self._count(proposer, line.drafted, min(sum(fits), line.drafted))
+
+    def _count(self, proposer: Proposer, drafted: int, accepted: int) -> None:
+        stats, step, seconds = self.stats[proposer.name], self._step, self.costs.seconds
+        stats.guesses += 1
+        stats.accepted += accepted
+        stats.rejected += drafted - accepted
+        added_s = seconds(step.rows + step.drafted) - seconds(step.rows)
+        stats.saved_s += accepted * seconds(step.answers) / step.answers - added_s * drafted / step.drafted
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A step of so many rows took so long."""
+        self.costs.observe(rows, seconds)
+
+
+def expected_tokens(chances: Sequence[float]) -> float:
+    """How many of a guess's tokens will be accepted."""
+    total, together = 0.0, 1.0
+    for chance in chances:
+        together *= chance
+        total += together
+    return total
