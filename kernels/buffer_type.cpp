@@ -19,6 +19,7 @@
 
 #include "ggml_abi.h"
 #include "host.h"
+#include "one_row.h"
 #include "packed.h"
 
 namespace edgellm {
@@ -153,7 +154,7 @@ class Packed final : public ExtraBufferType {
 
     TensorTraits * get_tensor_traits(const Tensor * op) override {
         const bool ours = (op->op == host().op_mul_mat || op->op == host().op_get_rows) && is_packed(op->src[0]);
-        return ours ? &traits : nullptr;
+        return ours ? &traits : one_row_as_several();
     }
 };
 

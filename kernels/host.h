@@ -18,7 +18,7 @@ struct Host {
     void * type_traits;         // ggml_get_type_traits_cpu
     void * row_size;            // ggml_row_size
     void * device;              // the CPU's ggml_backend_dev_t
-    int32_t op_mul_mat, op_mul_mat_id, op_get_rows;
+    int32_t op_mul_mat, op_mul_mat_id, op_get_rows, op_attention;
     int32_t type_f32, type_i32;
 };
 

@@ -101,6 +101,7 @@ void set_host(const nb::dict & functions, const nb::dict & numbers) {
     host.op_mul_mat = number("MUL_MAT");
     host.op_mul_mat_id = number("MUL_MAT_ID");
     host.op_get_rows = number("GET_ROWS");
+    host.op_attention = number("FLASH_ATTN_EXT");
     host.type_f32 = number("f32");
     host.type_i32 = number("i32");
     edgellm::set_host(host);

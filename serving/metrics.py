@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgellm.engine.types import Usage
 from edgellm.moe.pager import PagerSnapshot
+from serving.draft_metrics import DraftSnapshot, draft_families
 from serving.expert_metrics import expert_families
 
 MODELS_MAX = 64
@@ -48,6 +49,7 @@ class ModelSnapshot:
     step_seconds: float
     decode_seconds: float
     experts: PagerSnapshot | None = None  # of a model whose experts are paged
+    drafts: DraftSnapshot | None = None  # of a model that generates text
 
 
 Snapshot = Callable[[], Iterable[ModelSnapshot]]
@@ -89,6 +91,7 @@ class _EngineCollector(Collector):
             for model in models:
                 counter.add_metric([model.model], total(model))
             yield counter
+        yield from draft_families([model.drafts for model in models if model.drafts is not None])
         yield from expert_families([(model.model, model.experts) for model in models if model.experts is not None])
 
 

@@ -32,6 +32,8 @@ from edgellm.errors import (
 )
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import AdapterStore, ModelStore, StoredModel
+from edgellm.speculative.loading import forget, no_drafting
+from serving.draft_metrics import DraftSnapshot
 from serving.metrics import Metrics, ModelSnapshot
 from serving.tuning import Tuning
 
@@ -260,6 +262,13 @@ class Service:
         for key in [key for key in self._templates if key[0] == model]:
             self._templates.pop(key).close()
 
+    def forget_drafts(self) -> None:
+        """Earlier answers and what drafting has learned from them, in memory and on disk. Raises StorageError."""
+        for loaded in self.models.loaded():
+            if (speculator := loaded.runner.speculator) is not None:
+                self.engine.call(speculator.forget).result()
+        forget(self.store.home)
+
     # --- text to tokens -------------------------------------------------------------------------------------------
 
     async def tokenize(
@@ -306,7 +315,14 @@ class Service:
                 step_seconds=runner.stats.step_seconds,
                 decode_seconds=runner.stats.decode_seconds,
                 experts=runner.pager.snapshot() if runner.pager is not None else None,
+                drafts=self._drafts(loaded),
             )
+
+    def _drafts(self, loaded: LoadedModel) -> DraftSnapshot | None:
+        speculator = loaded.runner.speculator
+        if speculator is not None:
+            return DraftSnapshot(loaded.name, speculator.snapshot())
+        return DraftSnapshot(loaded.name, None, no_drafting(loaded.runner.model, self.settings) or "")
 
 
 def _tokenize_long(loaded: LoadedModel, text: str, size: int, limit: int, param: str, add_special: bool) -> list[int]:

@@ -109,6 +109,8 @@ def _numbers(ggml: Any) -> dict[str, int]:
     for function in (ggml.ggml_new_tensor_2d, ggml.ggml_mul_mat, ggml.ggml_get_rows, ggml.ggml_set_name):
         function.restype = tensor
     ggml.ggml_new_tensor_3d.restype = ggml.ggml_mul_mat_id.restype = tensor
+    ggml.ggml_flash_attn_ext.argtypes = (ctypes.c_void_p, *[tensor] * 4, *[ctypes.c_float] * 3)
+    ggml.ggml_flash_attn_ext.restype = tensor
     context = ggml.ggml_init(_InitParams(16 * ggml.ggml_tensor_overhead(), None, True))
     try:
         weight = ggml.ggml_set_name(ggml.ggml_new_tensor_2d(context, _Q4_1, 64, 48), b"weight")
@@ -128,7 +130,18 @@ def _numbers(ggml: Any) -> dict[str, int]:
         each = ggml.ggml_mul_mat_id(context, stack, tokens, chosen)
         e, sources = each.contents, (at(stack.contents), at(tokens.contents), at(chosen.contents))
         _expect((e.type, *e.ne, *e.src[:3]) == (_F32, 48, 2, 5, 1, *sources), "the product by experts")
-        return {"MUL_MAT": p.op, "MUL_MAT_ID": e.op, "GET_ROWS": g.op, "f32": _F32, "i32": _I32}
+        query, cells = (ggml.ggml_new_tensor_3d(context, _F32, 64, rows, 4) for rows in (3, 256))
+        attention = ggml.ggml_flash_attn_ext(context, query, cells, cells, None, 1.0, 0.0, 0.0)
+        a, sources = attention.contents, (at(query.contents), at(cells.contents))
+        _expect((a.type, *a.ne, *a.src[:2]) == (_F32, 64, 4, 3, 1, *sources), "attention")
+        return {
+            "MUL_MAT": p.op,
+            "MUL_MAT_ID": e.op,
+            "GET_ROWS": g.op,
+            "FLASH_ATTN_EXT": a.op,
+            "f32": _F32,
+            "i32": _I32,
+        }
     finally:
         ggml.ggml_free(context)
 

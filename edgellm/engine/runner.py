@@ -26,7 +26,7 @@ from edgellm.engine.sequence import Answer, Job
 from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
 from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError, ModelUnsupportedError
 from edgellm.moe.pager import Pager
-from edgellm.speculative.speculator import Speculator
+from edgellm.speculative.speculator import END, Speculator
 
 _log = logging.getLogger(__name__)
 
@@ -302,7 +302,8 @@ class Runner:
             if token is None or token != drafted:
                 break
         if self._drafting is not None and line is not None:
-            self._drafting.drawn(line, answer.tokens[length:])
+            end = (END,) if answer.reason is FinishReason.STOP else ()
+            self._drafting.drawn(line, (*answer.tokens[length:], *end))
         if draft and answer.entry is not None:
             kept = len(answer.tokens) - length  # drawn tokens; the last is not in the cache yet
             self.cache.truncate(answer.entry, length + max(kept - 1, 0))
@@ -356,6 +357,7 @@ class Runner:
     # --- endings --------------------------------------------------------------------------------------------------
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        answer.reason = reason
         self._leave(answer)
         self._report(answer.job, FinishEvent(answer.index, reason, answer.usage))
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from edgellm.backend.context import Context
 from edgellm.engine.cache import Entry
-from edgellm.engine.types import Event, EventSink, GenerateRequest, Usage
+from edgellm.engine.types import Event, EventSink, FinishReason, GenerateRequest, Usage
 from edgellm.speculative.proposer import Prompt
 from edgellm.speculative.speculator import Line
 
@@ -54,6 +54,7 @@ class Answer:
     rejected_drafts: int = 0
     line: Line | None = None  # what drafting knows of it
     finished: bool = False
+    reason: FinishReason | None = None  # of an answer that came to its end
 
     @property
     def prompt_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from edgellm.backend.context import Context
 from edgellm.backend.model import Model
 from edgellm.backend.packing import packing_kernels
 from edgellm.config import Settings
+from edgellm.errors import StorageError
 from edgellm.speculative.calibration import measure_steps
 from edgellm.speculative.costs import StepCosts
 from edgellm.speculative.learned import Learned, read_learned, write_learned
@@ -59,6 +61,21 @@ def load_speculator(
             proposer.acceptance.weights = list(before)
     speculator.save = _saver(speculator, folder / _LEARNED, machine)
     return speculator
+
+
+def forget(home: Path) -> int:
+    """Deletes what was learned about every model below the state directory `home`. Returns how many there were.
+
+    Raises StorageError.
+    """
+    folder = home / FOLDER
+    try:
+        models = sum(1 for path in folder.iterdir()) if folder.is_dir() else 0
+        if models:
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise StorageError(f"what drafting has learned cannot be deleted: {error.strerror}") from None
+    return models
 
 
 def _saver(speculator: Speculator, path: Path, machine: str) -> Callable[[], None]:

@@ -147,6 +147,12 @@ class Lookup:
         if self.history is not None:
             self.history.add(answer)
 
+    def forget(self) -> None:
+        """Earlier answers, and how far guesses could be trusted."""
+        if self.history is not None:
+            self.history.clear()
+        self.acceptance = Acceptance(_WEIGHTS)
+
 
 def _follow(matches: list[Match], source: int, limit: int, state: _State) -> Guess | None:
     """Goes on from all places at once; those that do not go on as most of them do fall away."""

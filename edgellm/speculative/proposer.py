@@ -64,3 +64,7 @@ class Proposer(Protocol):
     def end(self, state: Any, answer: Sequence[int]) -> None:
         """The answer is over."""
         ...
+
+    def forget(self) -> None:
+        """Whatever was learned from texts, and the texts."""
+        ...

@@ -6,7 +6,7 @@ Knows token ids and seconds; the engine verifies, by drawing each token as if th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgellm.speculative.costs import StepCosts
@@ -15,6 +15,9 @@ from edgellm.speculative.share_out import share_out
 
 DRAFT_TOKENS = 15
 """Most drafted tokens of an answer in a step."""
+
+END = -1
+"""Drawn where an answer ends: whatever was guessed for that place is wrong."""
 
 
 @dataclass(slots=True)
@@ -25,6 +28,15 @@ class ProposerStats:
     accepted: int = 0  # tokens
     rejected: int = 0
     saved_s: float = 0.0  # estimated: the steps that accepted tokens made needless, less what drafts added to others
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculatorSnapshot:
+    """The figures at one moment."""
+
+    target_calls: int  # rows with which answers went on: one for each answer in each step
+    tokens: int  # that they brought
+    proposers: dict[str, ProposerStats]
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +77,8 @@ class Speculator:
         self.proposers = tuple(proposers)
         self.costs = costs
         self.stats = {proposer.name: ProposerStats() for proposer in proposers}
-        self.target_calls = 0  # rows with which answers went on: one for each answer in each step
-        self.tokens = 0  # that they brought
+        self._target_calls = 0
+        self._tokens = 0
         self.save: Callable[[], None] = lambda: None
         """Keeps on disk what was learned."""
         self._step = _Step(1, 1, 0)
@@ -131,9 +143,10 @@ class Speculator:
                 line.proposer, line.guess, line.chances = proposer, guess, chances
 
     def judge(self, line: Line, drawn: Sequence[int]) -> None:
-        """What the target drew in the step, one token or more. Judges what was guessed and not verified, too."""
-        self.target_calls += 1
-        self.tokens += len(drawn)
+        """What the target drew in the step: one token or more, the last one END if it ends the answer. What was guessed
+        and not verified is judged, too."""
+        self._target_calls += 1
+        self._tokens += len(drawn)
         guess, proposer = line.guess, line.proposer
         line.guess = None
         if guess is None or proposer is None or not drawn:
@@ -154,6 +167,16 @@ class Speculator:
         stats.rejected += drafted - accepted
         added_s = seconds(step.rows + step.drafted) - seconds(step.rows)
         stats.saved_s += accepted * seconds(step.answers) / step.answers - added_s * drafted / step.drafted
+
+    def forget(self) -> None:
+        """Whatever was learned from texts. Figures and step times stay."""
+        for proposer in self.proposers:
+            proposer.forget()
+
+    def snapshot(self) -> SpeculatorSnapshot:
+        """The figures now. Any thread may ask."""
+        proposers = {name: replace(stats) for name, stats in self.stats.items()}
+        return SpeculatorSnapshot(self._target_calls, self._tokens, proposers)
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""

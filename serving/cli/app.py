@@ -12,6 +12,7 @@ from edgellm.config import load_settings
 from serving.cli.models import models_app
 from serving.cli.moe import moe_app
 from serving.cli.options import setting
+from serving.cli.spec import spec_app
 from serving.cli.tune import tune_app
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 app.add_typer(moe_app, name="moe")
+app.add_typer(spec_app, name="spec")
 app.add_typer(tune_app, name="tune")
 
 _Texts = list[str] | None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import typer
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from rich.console import Console
 from rich.table import Table
 
@@ -25,11 +25,11 @@ from edgellm.moe.profile import Profile, expected_hit_rate, read_profile
 from edgellm.moe.recorder import Recording, record_routes
 from edgellm.moe.routes import read_trace, write_trace
 from edgellm.moe.skeleton import profile_path
+from serving.cli.metrics_page import read_metrics
 from serving.cli.text_files import read_text
 
 _SHARES = (0.1, 0.25, 0.5, 0.75)
 _MIB = 1 << 20
-_TIMEOUT_S = 10.0
 
 
 def run_inspect(model: str, budgets: list[str], *, as_json: bool) -> None:
@@ -180,14 +180,7 @@ def _recorded(source: str, text: Path | None, tokens: int, budget: int) -> Recor
 
 def run_stats(url: str, api_key: str | None, *, as_json: bool) -> None:
     """Prints the figures of the paged models of the server at `url`."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.get(f"{url.rstrip('/')}/metrics", headers=headers, timeout=_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConfigError(f"no server answers at {url}: {error}") from None
-    if answer.status_code != httpx.codes.OK:
-        raise ConfigError(f"{url}/metrics answers with status {answer.status_code}")
-    models = _paged_models(answer.text)
+    models = _paged_models(read_metrics(url, api_key))
     if as_json:
         typer.echo(json.dumps(models, indent=2))
         return
@@ -200,15 +193,13 @@ def run_stats(url: str, api_key: str | None, *, as_json: bool) -> None:
         Console().print(table)
 
 
-def _paged_models(exposition: str) -> dict[str, dict[str, float]]:
-    """model -> figure -> value, of the figures that begin with edgellm_expert."""
+def _paged_models(samples: Iterable[Sample]) -> dict[str, dict[str, float]]:
+    """model -> figure -> value, of the figures about experts."""
     models: dict[str, dict[str, float]] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            name = sample.name.removeprefix("edgellm_").removesuffix("_total")
-            if name.startswith("expert") and sample.name.startswith("edgellm_") and "model" in sample.labels:
-                kind = f"_{sample.labels['predictor']}" if "predictor" in sample.labels else ""
-                models.setdefault(sample.labels["model"], {})[name + kind] = sample.value
+    for sample in samples:
+        if sample.name.startswith("expert"):
+            kind = f"_{sample.labels['predictor']}" if "predictor" in sample.labels else ""
+            models.setdefault(sample.labels["model"], {})[sample.name + kind] = sample.value
     return models
 
 

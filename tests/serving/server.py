@@ -70,6 +70,9 @@ class Server:
             more["json"] = body
         return httpx.post(self.url + path, timeout=timeout, **more)  # type: ignore[arg-type]
 
+    def delete(self, path: str) -> httpx.Response:
+        return httpx.delete(self.url + path, timeout=START_S)
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry `labels`. 0 if there are none."""
         total = 0.0
