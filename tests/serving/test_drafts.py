@@ -101,7 +101,9 @@ def test_an_answer_that_a_stop_text_ends_counts_its_drafts(drafting):
     ],
 )
 def test_whatever_shapes_the_answer_shapes_it_as_without_drafts(drafting, plain, fields):
-    expected, found = _ask(plain, **fields), _ask(drafting, **fields)
+    # A prompt that neither has seen: what a cache holds of it was computed in other steps, which rounds differently.
+    messages = [{"role": "system", "content": f"Be {min(fields)}."}, *COPY]
+    expected, found = (_ask(server, messages=messages, **fields) for server in (plain, drafting))
     for mine, theirs in zip(found["choices"], expected["choices"], strict=True):
         assert mine["message"] == theirs["message"]
         assert mine["finish_reason"] == theirs["finish_reason"]
