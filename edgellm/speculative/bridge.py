@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from edgellm.backend.vocab import TokenKind, Vocab
 from edgellm.speculative.ngram_cache import NgramCache
-from edgellm.speculative.spelling import Speller, whole_characters
+from edgellm.speculative.spelling import Speller, speller_for, whole_characters
 
 
 class Way(enum.Flag):
@@ -50,7 +50,7 @@ class Bridge:
         if Way.DIRECT not in ways:
             raise ValueError("a bridge always maps tokens directly")
         self.cache = cache
-        self.drafter, self.target = Speller(drafter), Speller(target)
+        self.drafter, self.target = speller_for(drafter), speller_for(target)
         self._controls = _same_controls(drafter, target)
         #: For each drafter token the target token for the same bytes, or the control token of the same text; or -1.
         self.direct: array[int] = _same_pieces(self.drafter, self.target)

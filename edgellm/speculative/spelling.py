@@ -10,6 +10,8 @@ across, and what each part was spelled with is remembered: words come again and 
 from __future__ import annotations
 
 import re
+import threading
+import weakref
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ _MEMO_PARTS = 1 << 15  # some 5 MB
 _MEMO_PART_BYTES = 64
 _ANCHORS = ("\n", "a", "1", ".")
 _GAP = 1 << 20  # what a byte that nothing spells costs, in tokens
+_lock = threading.Lock()
+_spellers: weakref.WeakValueDictionary[int, Speller] = weakref.WeakValueDictionary()
 _SAMPLE = """It's the 2nd day: we'd walked 1,234.5 km (all in one go) to "Saint-Malo"; they didn't.
 
 def area(x: float, *, unit="m\\t") -> list[str]:
@@ -31,8 +35,17 @@ Ich weiß: naïve café 中文 text, 日本語 too. THE END
 """
 
 
+def speller_for(vocab: Vocab) -> Speller:
+    """The one speller of a vocabulary, while anybody uses it: a drafter's serves all of its targets."""
+    with _lock:
+        found = _spellers.get(id(vocab))
+        if found is None:
+            found = _spellers[id(vocab)] = Speller(vocab)
+        return found
+
+
 class Speller:
-    """Spells bytes in one vocabulary. For one thread at a time."""
+    """Spells bytes in one vocabulary. For any thread, while the vocabulary's model is open."""
 
     def __init__(self, vocab: Vocab) -> None:
         self.vocab = vocab
