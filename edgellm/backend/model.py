@@ -43,8 +43,7 @@ class Model:
         with packing(packed), experts_in(experts):
             self._handle = low.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
-            reason = take_errors().replace(f"{path.parent}{os.sep}", "")  # clients see it
-            raise ModelLoadError(f"llama.cpp could not load {path.name}: {reason or 'no reason given'}")
+            raise _load_error(path)
         if experts is not None and (wrong := experts.fault):
             raise ModelUnsupportedError(f"{path.name}: {wrong}")
         self.vocab = Vocab(self._handle)
@@ -73,6 +72,35 @@ class Model:
             self._handle = None
         if self.experts is not None:
             self.experts.close()
+
+
+class VocabFile:
+    """The vocabulary of a model's file alone: loads in a moment, and takes no memory for weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ModelLoadError, as Model does."""
+        low = lib()
+        params = low.llama_model_default_params()
+        params.vocab_only = True
+        take_errors()
+        self._handle: Any = low.llama_model_load_from_file(str(path).encode(), params)
+        if not self._handle:
+            raise _load_error(path)
+        self.vocab = Vocab(self._handle)
+        if fault := self.vocab.fault():
+            self.close()
+            raise ModelLoadError(f"{path.name} cannot be used: {fault}")
+
+    def close(self) -> None:
+        """Frees the vocabulary, which nobody may use any more. Idempotent."""
+        if self._handle:
+            lib().llama_model_free(self._handle)
+            self._handle = None
+
+
+def _load_error(path: Path) -> ModelLoadError:
+    reason = take_errors().replace(f"{path.parent}{os.sep}", "")  # clients see it
+    return ModelLoadError(f"llama.cpp could not load {path.name}: {reason or 'no reason given'}")
 
 
 class Adapter:
