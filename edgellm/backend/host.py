@@ -132,8 +132,8 @@ def _numbers(ggml: Any) -> dict[str, int]:
         _expect((e.type, *e.ne, *e.src[:3]) == (_F32, 48, 2, 5, 1, *sources), "the product by experts")
         query, cells = (ggml.ggml_new_tensor_3d(context, _F32, 64, rows, 4) for rows in (3, 256))
         attention = ggml.ggml_flash_attn_ext(context, query, cells, cells, None, 1.0, 0.0, 0.0)
-        a, sources = attention.contents, (at(query.contents), at(cells.contents))
-        _expect((a.type, *a.ne, *a.src[:2]) == (_F32, 64, 4, 3, 1, *sources), "attention")
+        a, read = attention.contents, (at(query.contents), at(cells.contents))
+        _expect((a.type, *a.ne, *a.src[:2]) == (_F32, 64, 4, 3, 1, *read), "attention")
         return {
             "MUL_MAT": p.op,
             "MUL_MAT_ID": e.op,

@@ -26,7 +26,7 @@ class Drafting:
             answer = share.answer
             if answer.generated and share.count == 1:
                 left = answer.job.request.max_tokens - answer.generated - 1
-                wanted.append(Draftable(self._line(answer), answer.tokens, min(DRAFT_TOKENS, left)))
+                wanted.append(Draftable(self._line(answer), answer.tokens, min(DRAFT_TOKENS, left), left))
                 places.append(place)
         if not wanted:
             return drafted

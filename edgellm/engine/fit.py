@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from edgellm.backend.experts import paging_fault
+from edgellm.backend.packing import packable_types
 from edgellm.config import Settings
 from edgellm.errors import ModelError, ModelUnsupportedError
 from edgellm.models.describe import ModelInfo
@@ -21,6 +22,7 @@ ROOM_SHARE = 0.8
 _log = logging.getLogger(__name__)
 _DEFAULT_CONTEXT_TOKENS = 8192
 _IDLE_SEQUENCES = 24
+_PACKED_SHARE = 2  # a model is packed if at least one part in so many can be
 _POSITION_TABLE = frozenset({"gpt2", "starcoder", "bert", "mpt"})
 
 
@@ -107,6 +109,12 @@ def paged_layout(info: ModelInfo, settings: Settings) -> ExpertLayout | None:
     if layout is None:
         raise ModelUnsupportedError(f"{info.path.name}: its experts are not stacked tensors, and cannot be paged")
     return layout
+
+
+def worth_packing(info: ModelInfo, needed_bytes: int) -> bool:
+    """Most of the weights can be packed, and memory of its own for all of them is there."""
+    packable = sum(info.matrix_bytes.get(kind, 0) for kind in packable_types())
+    return packable * _PACKED_SHARE >= info.tensor_bytes and needed_bytes <= available_memory_bytes()
 
 
 def sequences_for(info: ModelInfo, settings: Settings) -> int:

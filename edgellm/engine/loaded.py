@@ -9,13 +9,22 @@ from pathlib import Path
 
 from edgellm.backend.context import Context, ContextParams
 from edgellm.backend.model import Model
-from edgellm.backend.packing import packable_types, packing_kernels
+from edgellm.backend.packing import packing_kernels
 from edgellm.backend.pages import huge_page_bytes, use_huge_pages
 from edgellm.backend.vocab import Vocab
 from edgellm.config import Settings, home_dir
 from edgellm.engine.cache import PrefixCache
+from edgellm.engine.draft_loading import make_speculator
 from edgellm.engine.embedder import Embedder, Pooling
-from edgellm.engine.fit import BATCH_TOKENS, LoadPlan, context_tokens_for, mapped_instead, plan_load, sequences_for
+from edgellm.engine.fit import (
+    BATCH_TOKENS,
+    LoadPlan,
+    context_tokens_for,
+    mapped_instead,
+    plan_load,
+    sequences_for,
+    worth_packing,
+)
 from edgellm.engine.runner import Runner, RunnerLimits
 from edgellm.engine.threads import default_threads
 from edgellm.errors import ModelLoadError, ModelUnsupportedError
@@ -24,7 +33,6 @@ from edgellm.models.memory import available_memory_bytes
 from edgellm.moe.layout import ExpertLayout
 from edgellm.moe.pager import Pager, load_paged
 from edgellm.moe.skeleton import PROFILE_NAME
-from edgellm.speculative.loading import FOLDER, load_speculator
 from edgellm.speculative.speculator import DRAFT_TOKENS
 
 _log = logging.getLogger(__name__)
@@ -32,7 +40,6 @@ _log = logging.getLogger(__name__)
 _EMBEDDING_CONTEXT_TOKENS = 2048
 _EMBEDDING_BATCH_TOKENS = 128  # llama.cpp computes the logits of every embedded row too: keep them few
 _HUGE_SHARE = 4  # read into memory of its own, a model may take this part of what is available
-_PACKED_SHARE = 2  # a model is packed if at least one part in so many can be
 _IDLE_SHARE = 16  # finished sequences keep at most this part of the cells: see PrefixCache
 
 
@@ -89,7 +96,7 @@ def _load_paged(info: ModelInfo, settings: Settings, layout: ExpertLayout, budge
 
 
 def _load_whole(info: ModelInfo, settings: Settings, plan: LoadPlan) -> Runner:
-    packed = settings.packed_weights == "auto" and _worth_packing(info, plan)
+    packed = settings.packed_weights == "auto" and worth_packing(info, plan.memory.total_bytes)
     # Packed weights lie in huge pages from the start; moving keys, values and buffers as well gains nothing there.
     may_be_huge = not packed and settings.huge_pages == "auto" and huge_page_bytes() is not None
     huge = may_be_huge and plan.memory.total_bytes * _HUGE_SHARE <= available_memory_bytes()
@@ -97,12 +104,6 @@ def _load_whole(info: ModelInfo, settings: Settings, plan: LoadPlan) -> Runner:
     if packed:
         _log.info("%s: weights packed for %s", info.path.name, packing_kernels())
     return _make_runner(model, info, settings, huge=huge)
-
-
-def _worth_packing(info: ModelInfo, plan: LoadPlan) -> bool:
-    """Most of the weights can be packed, and memory of its own for all of them is there."""
-    packable = sum(info.matrix_bytes.get(kind, 0) for kind in packable_types())
-    return packable * _PACKED_SHARE >= info.tensor_bytes and plan.memory.total_bytes <= available_memory_bytes()
 
 
 def _make_runner(
@@ -126,10 +127,9 @@ def _make_runner(
             can_roll_back=model.can_roll_back,
             window=model.window_tokens,
         )
-        speculator = None
-        if context.has_memory:
-            folder = home_dir() / FOLDER / info.path.stem
-            speculator = load_speculator(model, context, settings, folder, measured=layout is None)
+        speculator = make_speculator(model, context, settings, measured=layout is None)
+        if speculator is not None:
+            undo.callback(speculator.close)
         limits = RunnerLimits(
             parallel=settings.parallel,
             batch_tokens=BATCH_TOKENS,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edgellm.backend.model import Adapter
 from edgellm.config import Settings
+from edgellm.engine.draft_loading import drafter_memory
 from edgellm.engine.embedder import Embedder
 from edgellm.engine.engine import Engine
 from edgellm.engine.fit import ROOM_SHARE, plan_load
@@ -208,7 +209,8 @@ class ModelManager:
         if info.is_adapter:
             raise ModelUnsupportedError(f"'{model.name}' is a LoRA adapter, not a model")
         plan = plan_load(info, self._settings, self.budget_bytes)
-        needed = plan.memory.total_bytes
+        drafter = drafter_memory(self._settings)
+        needed = plan.memory.total_bytes + (drafter.total_bytes if drafter is not None else 0)
         self._make_room(model.name, needed)
         runner = load_runner(info, self._settings, plan)
         loaded = LoadedModel(model.name, info, runner, needed, self._settings)

@@ -423,7 +423,7 @@ class Runner:
         if self.pager is not None:
             self.pager.save()
         if self.speculator is not None:
-            self.speculator.save()
+            self.speculator.close()
         self.model.close()
 
     @staticmethod

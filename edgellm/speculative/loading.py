@@ -13,10 +13,13 @@ from edgellm.backend.model import Model
 from edgellm.backend.packing import packing_kernels
 from edgellm.config import Settings
 from edgellm.errors import StorageError
+from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.calibration import measure_steps
 from edgellm.speculative.costs import StepCosts
+from edgellm.speculative.drafter import Drafter
 from edgellm.speculative.learned import Learned, read_learned, write_learned
 from edgellm.speculative.lookup import History, Lookup
+from edgellm.speculative.ngram_cache import NgramCache, vocabulary_fingerprint
 from edgellm.speculative.speculator import Speculator
 
 _log = logging.getLogger(__name__)
@@ -38,29 +41,44 @@ def no_drafting(model: Model, settings: Settings) -> str | None:
 
 
 def load_speculator(
-    model: Model, context: Context, settings: Settings, folder: Path, *, measured: bool = True
-) -> Speculator | None:
-    """The speculator of `model`; None where `no_drafting` says why.
+    model: Model,
+    context: Context,
+    settings: Settings,
+    home: Path,
+    *,
+    measured: bool = True,
+    drafter: tuple[Model, Context] | None = None,
+) -> Speculator:
+    """The speculator of a model that `no_drafting` has nothing against.
 
-    `folder` is the model's own, for what is learned. Step times are measured if they are not known from before and
-    `measured` is set. Raises BackendError.
+    What is learned is kept below `home`. Step times are measured if they are not known from before and `measured` is
+    set. `drafter` are the small model, if one is to draft, and its context; they belong to the speculator from now on.
+    Raises BackendError.
     """
-    if (reason := no_drafting(model, settings)) is not None:
-        if settings.draft != "none":
-            _log.info("%s: answers are not drafted: %s", model.path.name, reason)
-        return None
+    folder = home / FOLDER / model.path.stem
     machine = _machine(model, context, settings)
-    learned = read_learned(folder / _LEARNED, machine)
-    steps = dict(learned.steps) if learned is not None else {}
+    learned = read_learned(folder / _LEARNED, machine) or Learned({}, {})
+    steps = dict(learned.steps)
     if not steps and measured:
         steps = measure_steps(context, outputs=context.params.outputs)
-    speculator = Speculator([Lookup(History(_HISTORY_TOKENS))], StepCosts(steps or None))
-    for proposer in speculator.proposers:
-        before = learned.weights.get(proposer.name, ()) if learned is not None else ()
+    small = _drafter(model, *drafter, home) if drafter is not None else None
+    speculator = Speculator([Lookup(History(_HISTORY_TOKENS))], StepCosts(steps or None), small)
+    for proposer in speculator.all:
+        before = learned.weights.get(proposer.name, ())
         if len(before) == len(proposer.acceptance.weights):
             proposer.acceptance.weights = list(before)
     speculator.save = _saver(speculator, folder / _LEARNED, machine)
     return speculator
+
+
+def _drafter(target: Model, model: Model, context: Context, home: Path) -> Drafter:
+    prints = vocabulary_fingerprint(model.vocab), vocabulary_fingerprint(target.vocab)
+    path = home / FOLDER / f"{prints[0].hex()[:16]}-{prints[1].hex()[:16]}.ngrams"
+    cache = NgramCache.load(path, *prints)
+    steps = measure_steps(context, outputs=context.params.outputs)
+    drafter = Drafter(model, context, Bridge(model.vocab, target.vocab, cache), StepCosts(steps))
+    drafter.cache_path = path
+    return drafter
 
 
 def forget(home: Path) -> int:
@@ -80,11 +98,13 @@ def forget(home: Path) -> int:
 
 def _saver(speculator: Speculator, path: Path, machine: str) -> Callable[[], None]:
     def save() -> None:
-        weights = {proposer.name: tuple(proposer.acceptance.weights) for proposer in speculator.proposers}
+        weights = {proposer.name: tuple(proposer.acceptance.weights) for proposer in speculator.all}
         steps = speculator.costs.measured() if speculator.costs.known else {}
         try:
             if steps:
                 write_learned(path, machine, Learned(steps, weights))
+            if (drafter := speculator.drafter) is not None and drafter.cache_path is not None:
+                drafter.bridge.cache.save(drafter.cache_path)
         except OSError as error:
             _log.warning("what drafting has learned cannot be kept: %s", error)
 

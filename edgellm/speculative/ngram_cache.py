@@ -68,6 +68,10 @@ class NgramCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Forgets every run."""
+        self._entries, self._levels, self._lengths, self._least = {}, {}, {}, 1
+
     def longest(self, run: Sequence[int], start: int = 0) -> tuple[int, int] | None:
         """The target token for the longest known run at `run[start:]`, and how many drafter tokens it takes."""
         lengths = self._lengths.get(run[start])

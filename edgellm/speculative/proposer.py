@@ -36,6 +36,17 @@ class Want:
     state: Any  # the proposer's own, from `begin`
     context: Sequence[int]  # prompt and answer so far
     limit: int  # most tokens, at least 1
+    least: float = (
+        0.0  # what is accepted with less probability than this, all before it included, is not worth its cost
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What asking a proposer about an answer would take and bring, as far as that is known before."""
+
+    pending: int  # rows that it would have to compute first
+    chance: float  # that a token is accepted if those before it are
 
 
 class Proposer(Protocol):

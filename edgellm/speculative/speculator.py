@@ -5,16 +5,22 @@ Knows token ids and seconds; the engine verifies, by drawing each token as if th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgellm.speculative.costs import StepCosts
+from edgellm.speculative.drafter import Drafter
 from edgellm.speculative.proposer import Guess, Prompt, Proposer, Want
-from edgellm.speculative.share_out import share_out
+from edgellm.speculative.share_out import GAIN, Plan, share_out
 
 DRAFT_TOKENS = 15
 """Most drafted tokens of an answer in a step."""
+
+_LENGTHS = (2, 3, 4, 6, 8)  # drafts by the drafter that are weighed against each other
+_READING_ROWS = 16  # if it has more to read than this, that is the prompt
+_EXPLORING = 0.01  # of all time may go into drafts that are not expected to pay: the expectation may be wrong
 
 END = -1
 """Drawn where an answer ends: whatever was guessed for that place is wrong."""
@@ -59,6 +65,7 @@ class Draftable:
     line: Line
     context: Sequence[int]  # prompt and answer so far
     limit: int  # most tokens that may be drafted
+    limit_left: int  # most tokens that the answer may still have
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +80,15 @@ class _Step:
 class Speculator:
     """One for each loaded model; lives on the engine thread."""
 
-    def __init__(self, proposers: Sequence[Proposer], costs: StepCosts) -> None:
+    def __init__(self, proposers: Sequence[Proposer], costs: StepCosts, drafter: Drafter | None = None) -> None:
+        """`proposers` cost next to nothing and are asked in every step, `drafter` where it pays."""
         self.proposers = tuple(proposers)
+        self.drafter = drafter
+        self.all: tuple[Proposer, ...] = (*proposers, *([drafter] if drafter is not None else ()))
         self.costs = costs
-        self.stats = {proposer.name: ProposerStats() for proposer in proposers}
+        self.stats = {proposer.name: ProposerStats() for proposer in self.all}
+        self._steps_s = 0.0
+        self._drafting_s = 0.0
         self._target_calls = 0
         self._tokens = 0
         self.save: Callable[[], None] = lambda: None
@@ -87,13 +99,13 @@ class Speculator:
 
     def begin(self, prompt: Prompt) -> Line:
         """Follows an answer from its first token on."""
-        states = {proposer.name: proposer.begin(prompt) for proposer in self.proposers}
+        states = {proposer.name: proposer.begin(prompt) for proposer in self.all}
         return Line(prompt, states, len(prompt.tokens))
 
     def end(self, line: Line, context: Sequence[int]) -> None:
         """The answer is over. `context`: prompt and answer."""
         answer = context[len(line.prompt.tokens) :]
-        for proposer in self.proposers:
+        for proposer in self.all:
             proposer.end(line.states[proposer.name], answer)
 
     # --- one step -------------------------------------------------------------------------------------------------
@@ -105,35 +117,94 @@ class Speculator:
         """
         for want in wanted:
             self._tell(want)
+        open_wants = [want for want in wanted if want.limit > 0]
         for proposer in self.proposers:
-            self._ask(proposer, [want for want in wanted if want.limit > 0])
-        counts = share_out(
-            [want.line.chances for want in wanted],
-            answers=len(wanted),
-            rows=rows,
-            room=room if self.costs.known else 0,
-            seconds=self.costs.seconds,
-        )
+            self._ask(proposer, open_wants)
+        self._step = _Step(len(wanted), rows, 0)
+        room = room if self.costs.known else 0
+        plan = self._share_out(wanted, room)
+        if self.drafter is not None and room and open_wants:
+            asked, least = self._worth_drafting(self.drafter, wanted, room, plan.rate)
+            if asked:
+                started = time.perf_counter()
+                self._ask(self.drafter, asked, least)
+                self._spent(self.drafter.name, time.perf_counter() - started)
+                plan = self._share_out(wanted, room)
         drafts: list[tuple[int, ...]] = []
-        for want, count in zip(wanted, counts, strict=True):
+        for want, count in zip(wanted, plan.counts, strict=True):
             guess = want.line.guess
             want.line.drafted = count
             drafts.append(guess.tokens[:count] if guess is not None else ())
-        self._step = _Step(len(wanted), rows, sum(counts))
+        self._step = _Step(len(wanted), rows, sum(plan.counts))
         return drafts
+
+    def _share_out(self, wanted: Sequence[Draftable], room: int) -> Plan:
+        chances = [want.line.chances for want in wanted]
+        return share_out(chances, answers=len(wanted), rows=self._step.rows, room=room, seconds=self.costs.seconds)
+
+    def _worth_drafting(
+        self, drafter: Drafter, wanted: Sequence[Draftable], room: int, rate: float
+    ) -> tuple[list[Draftable], float]:
+        """The answers that the drafter should be asked about, if that promises more than `rate` tokens a second, and
+        the least probability with which a further token is worth drafting."""
+        outlooks = {
+            index: drafter.outlook(want.line.states[drafter.name], want.context)
+            for index, want in enumerate(wanted)
+            if want.limit > 0
+        }
+        better = [
+            index
+            for index, outlook in outlooks.items()
+            if expected_tokens([outlook.chance] * _LENGTHS[-1]) > expected_tokens(wanted[index].line.chances)
+        ][: drafter.most]
+        if not better:
+            return [], 0.0
+        pending = sum(outlooks[index].pending for index in better)
+        reading_s = drafter.costs.seconds(pending)
+        if pending > _READING_ROWS:  # once for all steps that follow
+            steps = min(wanted[index].limit_left for index in better) / _LENGTHS[0]
+            reading_s /= max(1.0, steps)
+        best_rate = rate
+        for length in _LENGTHS:
+            chances = [want.line.chances for want in wanted]
+            for index in better:
+                chances[index] = [outlooks[index].chance] * min(length, wanted[index].limit)
+            plan = share_out(
+                chances,
+                answers=len(wanted),
+                rows=self._step.rows,
+                room=room,
+                seconds=self.costs.seconds,
+                offset_s=reading_s + (length - 1) * drafter.costs.seconds(len(better)),
+            )
+            best_rate = max(best_rate, plan.rate)
+        if best_rate <= GAIN * rate and not self._may_explore(reading_s):
+            return [], 0.0
+        rows, seconds = self._step.rows, self.costs.seconds
+        row_s = (seconds(rows + _LENGTHS[-1]) - seconds(rows)) / _LENGTHS[-1]
+        least = rate * (drafter.costs.seconds(len(better)) / len(better) + row_s)
+        return [wanted[index] for index in better], least
+
+    def _may_explore(self, reading_s: float) -> bool:
+        """Whether asking costs so little, of all time so far, that it may be done to learn how good the drafter is."""
+        return self._drafting_s + reading_s < _EXPLORING * self._steps_s
+
+    def _spent(self, proposer: str, seconds: float) -> None:
+        self._drafting_s += seconds
+        self.stats[proposer].saved_s -= seconds
 
     def _tell(self, want: Draftable) -> None:
         line = want.line
         line.proposer, line.guess, line.chances = None, None, []
         if line.known < len(want.context):
             new = want.context[line.known :]
-            for proposer in self.proposers:
+            for proposer in self.all:
                 proposer.extend(line.states[proposer.name], new)
             line.known = len(want.context)
 
-    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable]) -> None:
+    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable], least: float = 0.0) -> None:
         """The guess from which the most is to be expected is the one that is kept."""
-        wants = [Want(want.line.states[proposer.name], want.context, want.limit) for want in wanted]
+        wants = [Want(want.line.states[proposer.name], want.context, want.limit, least) for want in wanted]
         for want, guess in zip(wanted, proposer.propose(wants), strict=True):
             if guess is None:
                 continue
@@ -170,8 +241,14 @@ class Speculator:
 
     def forget(self) -> None:
         """Whatever was learned from texts. Figures and step times stay."""
-        for proposer in self.proposers:
+        for proposer in self.all:
             proposer.forget()
+
+    def close(self) -> None:
+        """Keeps what was learned, and frees the drafter."""
+        self.save()
+        if self.drafter is not None:
+            self.drafter.close()
 
     def snapshot(self) -> SpeculatorSnapshot:
         """The figures now. Any thread may ask."""
@@ -181,6 +258,7 @@ class Speculator:
     def observe(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""
         self.costs.observe(rows, seconds)
+        self._steps_s += seconds
 
 
 def expected_tokens(chances: Sequence[float]) -> float:

@@ -1,0 +1,76 @@
+"""What drafts for a model that is being loaded, the small model included if the settings name one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+from edgellm.backend.context import Context, ContextParams
+from edgellm.backend.model import Model
+from edgellm.config import Settings, home_dir
+from edgellm.engine.fit import worth_packing
+from edgellm.engine.threads import default_threads
+from edgellm.errors import ConfigError
+from edgellm.models.describe import ModelInfo, describe
+from edgellm.models.memory import MemoryEstimate, estimate_memory
+from edgellm.models.store import ModelStore
+from edgellm.speculative.drafter import BATCH_TOKENS, CELLS, SEQUENCES
+from edgellm.speculative.loading import load_speculator, no_drafting
+from edgellm.speculative.speculator import Speculator
+
+_log = logging.getLogger(__name__)
+FREE = frozenset({"auto", "ngram", "none"})
+"""Values of the setting that name no drafter."""
+
+
+def drafter_file(settings: Settings) -> Path | None:
+    """The small model's file; None if the settings name none. Raises ModelNotFoundError."""
+    return None if settings.draft in FREE else ModelStore().find(settings.draft).path
+
+
+def drafter_memory(settings: Settings) -> MemoryEstimate | None:
+    """What the small model takes, for each model that it drafts for. Raises ModelNotFoundError."""
+    path = drafter_file(settings)
+    return None if path is None else _estimate(describe(path), settings)
+
+
+def _estimate(info: ModelInfo, settings: Settings) -> MemoryEstimate:
+    flash = settings.flash_attention != "off"
+    return estimate_memory(info, SEQUENCES * CELLS, SEQUENCES, BATCH_TOKENS, flash_attention=flash)
+
+
+def make_speculator(model: Model, context: Context, settings: Settings, *, measured: bool) -> Speculator | None:
+    """The speculator of a model; None if its answers are not drafted. `measured`: whether step times may be.
+
+    Raises ModelNotFoundError, ModelLoadError and ConfigError for the small model, BackendError.
+    """
+    if (reason := no_drafting(model, settings)) is not None:
+        if settings.draft != "none":
+            _log.info("%s: answers are not drafted: %s", model.path.name, reason)
+        return None
+    path = drafter_file(settings)
+    if path is None:
+        return load_speculator(model, context, settings, home_dir(), measured=measured)
+    info = describe(path)
+    with contextlib.ExitStack() as undo:
+        packed = settings.packed_weights == "auto" and worth_packing(info, _estimate(info, settings).total_bytes)
+        small = Model(path, mapped=not packed, packed=packed)
+        undo.callback(small.close)
+        if not small.can_roll_back or not small.has_decoder or small.has_encoder:
+            raise ConfigError(f"--draft {settings.draft}: the model cannot draft, for it is recurrent or no decoder")
+        params = ContextParams(
+            context_tokens=SEQUENCES * CELLS,
+            sequences=SEQUENCES,
+            batch_tokens=BATCH_TOKENS,
+            outputs=SEQUENCES,
+            threads=settings.threads or default_threads(),
+            flash_attention=settings.flash_attention,
+        )
+        small_context = Context(small, params)
+        undo.callback(small_context.close)
+        drafter = small, small_context
+        speculator = load_speculator(model, context, settings, home_dir(), measured=measured, drafter=drafter)
+        undo.pop_all()
+    _log.info("%s drafts for %s", path.name, model.path.name)
+    return speculator
