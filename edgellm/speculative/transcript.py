@@ -125,7 +125,4 @@ class Transcript:
         while at < place and tail < len(tokens):
             at += len(pieces[tokens[tail]])
             tail += 1
-        while at < len(text) and text[at] & 0xC0 == 0x80 and tail < len(tokens):  # inside a character
-            at += len(pieces[tokens[tail]])
-            tail += 1
         self._tail, self._tail_text = tail, text[at:]

@@ -165,6 +165,17 @@ def test_learning_files_whole_runs_only() -> None:
     assert its.cache.longest(run) == (token, len(run))
 
 
+@pairs
+@settings(deadline=None, max_examples=60)
+@given(text=texts)
+def test_what_is_learned_is_true(pair: tuple[str, str], text: str) -> None:
+    its = bridge(pair)
+    its.learn(its.target.spell_most(text.encode()))
+    for run, (token, _) in its.cache._entries.items():
+        assert its.drafter.text(run) == its.target.pieces[token]
+        assert len(run) > 1
+
+
 def test_a_cache_that_lies_is_not_believed() -> None:
     for lie in (1 << 31, 5):
         cache = NgramCache()
@@ -221,6 +232,23 @@ def test_drafts_that_go_on_inside_a_character(pair: tuple[str, str], ways: Way) 
                     assert b"".join(its.target.pieces[mapped.token] for mapped in found) == text[size:]
         assert its.to_target(draft, final=True, held=b"\x9f") == []
         assert its.to_target([], final=True, held=text[:1]) == []
+        ends = [token for token in its.drafter.vocab.end_tokens if its.direct[token] >= 0]
+        assert not any(its.to_target([end], final=True, held=text[:1]) for end in ends)
+
+
+def test_the_first_bytes_of_a_character_are_sure_only_if_they_map_directly() -> None:
+    its = bridge(("smol", "gemma"))
+    first, *others = its.to_drafter("🙂".encode())
+    assert others
+    assert len(its.drafter.pieces[first]) > 1
+    assert its.direct[first] < 0  # a byte at a time in the target
+    hello = its.drafter.find(b" hello")
+    assert [mapped.count for mapped in its.to_target([hello, first], final=False)] == [1]
+    found = its.to_target([hello, first], final=True)
+    assert [mapped.count for mapped in found] == [1] + [2] * len(its.drafter.pieces[first])
+    its = bridge(("smol", "qwen"))
+    assert its.direct[first] >= 0
+    assert [mapped.count for mapped in its.to_target([hello, first], final=False)] == [1, 2]
 
 
 @pairs

@@ -130,6 +130,16 @@ def test_characters_that_are_not_complete_wait() -> None:
     assert (transcript.held, shown(its, transcript)) == (b"", "a🦜".encode())
 
 
+def test_waiting_bytes_change_nothing() -> None:
+    its = bridge(("smol", "qwen"))
+    transcript = Transcript(its)
+    odd = [its.drafter.find(b" hel"), its.drafter.find(b"lo")]
+    transcript.extend([its.target.find(b" hello")], odd)
+    first, *_ = its.target.spell("🦜".encode()) or []
+    assert transcript.extend([first]) == 2
+    assert transcript.tokens == odd
+
+
 def test_a_draft_may_end_inside_a_character() -> None:
     its = bridge(("smol", "qwen"))
     transcript = Transcript(its, [its.target.find(b"a")])
@@ -179,6 +189,7 @@ def test_runs_without_a_place_to_cut(pair: tuple[str, str], text: str) -> None:
     for token in its.target.spell(text.encode()) or []:
         before = len(transcript.tokens)
         assert before - transcript.extend([token]) <= 160
+        assert len(transcript._tail_text) <= 160
     assert shown(its, transcript) == text.encode()
     usual = its.to_drafter(text.encode())
     assert len(transcript.tokens) <= 1.25 * len(usual) + 8
@@ -190,5 +201,7 @@ def test_bytes_that_the_drafter_lacks_are_left_out() -> None:
     token, hello = its.target.find(bytes([lacking])), its.target.find(b" hello")
     transcript = Transcript(its, [hello, token, hello])
     transcript.extend([token])
-    transcript.extend([hello])
-    assert its.drafter.text(transcript.tokens) == b" hello hello hello"
+    transcript.extend([hello, hello, token, hello, hello])
+    for _ in range(3):
+        transcript.extend([hello])
+    assert its.drafter.text(transcript.tokens) == b" hello" * 9
