@@ -157,8 +157,8 @@ class Settings(BaseSettings):
         "auto",
         min_length=1,
         description="What drafts the next tokens of answers, for the model to verify several in one step; the answers "
-        "are what they are without. auto, ngram: the prompt, the answer so far and earlier answers. A GGUF path or a pulled "
-        "model's name: that model as well, whatever its vocabulary, where it pays. none: nothing.",
+        "are what they are without. auto, ngram: the prompt, the answer so far and earlier answers. A GGUF path or a "
+        "pulled model's name: that model as well, whatever its vocabulary, where it pays. none: nothing.",
     )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 
