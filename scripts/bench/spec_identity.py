@@ -1,0 +1,220 @@
+"""Greedy texts with drafting beside those without: where they fork, and whether rounding alone explains it.
+
+Kernels round differently at different batch widths, so that two nearly equal logits may change places. An answer that
+differs is therefore read again, one token a batch, in a context of this script's own: each of its tokens must be the
+best, or fall short of the best by no more than logits differ by between widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.client import Answer
+from bench.spec_runs import Results
+from bench.spec_tasks import Task
+from edgellm.backend.batch import Batch
+from edgellm.backend.context import Context, ContextParams
+from edgellm.chat.template import ChatTemplate
+from edgellm.config import load_settings
+from edgellm.engine.loaded import load_runner
+from edgellm.models.describe import describe
+
+Floats = npt.NDArray[np.float32]
+_WIDTHS = (2, 3, 4, 6, 8)  # the widths that answers are read at for comparison, in turn
+_PROMPT_ROWS, _OTHER_PROMPT_ROWS = 512, 192
+_CUT = "\ufffd"  # what is left of a character that an answer's end has cut
+
+
+@dataclass(frozen=True)
+class Step:
+    """A token of an answer: where its bytes begin, and by how much its logit falls short of the best."""
+
+    start: int
+    token: int
+    gap: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An answer read again."""
+
+    steps: tuple[Step, ...]
+    noise: float  # most that a logit that matters differs by at another width
+
+    @property
+    def worst(self) -> float:
+        """The largest gap."""
+        return max((step.gap for step in self.steps), default=0.0)
+
+    def gap_at(self, byte: int) -> float:
+        """The gap of the token that this byte of the answer belongs to; the last token's behind the end."""
+        return next((step.gap for step in reversed(self.steps) if step.start <= byte), 0.0)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Two greedy answers to the same request that differ."""
+
+    workload: str
+    side: str
+    task: int
+    position: int  # in characters
+    without: str  # what follows there
+    drafted: str
+    reading: Reading
+    gap: float  # at the fork, in logits
+
+
+def first_difference(one: str, other: str) -> int | None:
+    """Index of the first character that differs; the shorter length if one begins with the other; None if equal."""
+    if one == other:
+        return None
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def best_fit(logits: Floats, rest: bytes, piece: Callable[[int], bytes]) -> int | None:
+    """The token of the highest logit that `rest` begins with; None if there is none."""
+
+    def fits(token: int) -> bool:
+        return bool(bytes_ := piece(token)) and rest.startswith(bytes_)
+
+    best = int(logits.argmax())
+    if fits(best):  # nearly always, and sorting a vocabulary takes a while
+        return best
+    return next((token for token in np.argsort(-logits, kind="stable").tolist() if fits(token)), None)
+
+
+class Reader:
+    """Reads answers with the weights as the server has them."""
+
+    def __init__(self, model: Path, context_tokens: int, threads: int) -> None:
+        self._runner = load_runner(info := describe(model), load_settings(parallel=1, threads=threads))
+        self._vocab = vocab = self._runner.model.vocab
+        bos, eos = vocab.special_piece(vocab.bos), vocab.special_piece(vocab.eos)
+        self._template = ChatTemplate(info.chat_template, bos_token=bos, eos_token=eos)
+        params = ContextParams(context_tokens, sequences=1, batch_tokens=512, outputs=max(_WIDTHS), threads=threads)
+        self._context = Context(self._runner.model, params)
+        self._batch = Batch(512)
+
+    def close(self) -> None:
+        """Frees the model and ends the template's process."""
+        self._context.close()
+        self._template.close()
+        self._runner.close()
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """That end an answer."""
+        return sorted(self._vocab.end_tokens)
+
+    def prompt_text(self, task: Task) -> str:
+        """The prompt as the server renders it."""
+        return self._template.render_sync(list(task.messages))
+
+    def prompt(self, task: Task) -> list[int]:
+        """Token ids of the prompt."""
+        text, vocab = self.prompt_text(task), self._vocab
+        add = not (vocab.adds_bos and text.startswith(vocab.special_piece(vocab.bos)))
+        return vocab.tokenize(text, add_special=add, parse_special=True)
+
+    def read(self, task: Task, answer: Answer) -> Reading:
+        """Each token of the answer, and its end if it ended by itself."""
+        prompt = self.prompt(task)
+        steps, tops = self._walk(prompt, answer)
+        return Reading(tuple(steps), self._noise(prompt, [step.token for step in steps], tops))
+
+    def _walk(self, prompt: list[int], answer: Answer) -> tuple[list[Step], list[tuple[list[int], Floats]]]:
+        """The steps; and for each, which two logits were the highest, and these."""
+        rest = answer.text.removesuffix(_CUT).encode()
+        total = len(rest)
+        steps: list[Step] = []
+        tops: list[tuple[list[int], Floats]] = []
+        logits = self._first(prompt, _PROMPT_ROWS)
+        while rest or answer.finish_reason == "stop":
+            best = int(logits.argmax())
+            silent = not self._vocab.piece(best) and not self._vocab.is_end(best)  # a control token shows no text
+            token = best if silent else self._fitting(logits, rest)
+            if token is None:
+                break
+            steps.append(Step(total - len(rest), token, float(logits[best] - logits[token])))
+            two = np.argpartition(-logits, 2)[:2].tolist()
+            tops.append((two, logits[two].copy()))
+            if self._vocab.is_end(token) or len(steps) >= answer.completion_tokens + 8:
+                break
+            rest = rest[len(self._vocab.piece(token)) :]
+            logits = self._rows([token], len(prompt) + len(steps) - 1)[0]
+        return steps, tops
+
+    def _fitting(self, logits: Floats, rest: bytes) -> int | None:
+        if not rest:
+            return max(self._vocab.end_tokens, key=lambda token: float(logits[token]))
+        return best_fit(logits, rest, self._vocab.piece)
+
+    def _noise(self, prompt: list[int], tokens: list[int], tops: list[tuple[list[int], Floats]]) -> float:
+        """The same tokens in wider batches, the prompt in narrower ones."""
+        most, at = 0.0, 1
+        rows = [self._first(prompt, _OTHER_PROMPT_ROWS)]
+        while len(rows) < len(tops):
+            width = _WIDTHS[at % len(_WIDTHS)]
+            some = tokens[len(rows) - 1 : min(len(rows) - 1 + width, len(tops) - 1)]
+            rows += [row.copy() for row in self._rows(some, len(prompt) + len(rows) - 1)]
+            at += 1
+        for row, (two, values) in zip(rows, tops, strict=False):
+            most = max(most, float(np.abs(row[two] - values).max()))
+        return most
+
+    def _first(self, prompt: list[int], rows: int) -> Floats:
+        """The logits behind the prompt, in an emptied context."""
+        self._context.clear()
+        for start in range(0, len(prompt), rows):
+            found = self._rows(prompt[start : start + rows], start, outputs=1)[-1].copy()
+        return found
+
+    def _rows(self, tokens: Sequence[int], position: int, outputs: int | None = None) -> list[Floats]:
+        count = len(tokens) if outputs is None else outputs
+        self._batch.clear()
+        self._batch.extend(tokens, position, 0, outputs=count)
+        self._context.decode(self._batch)
+        return [self._context.logits(row) for row in range(len(tokens) - count, len(tokens))]
+
+
+def forks(
+    results: Results, plans: Sequence[dict[tuple[str, int], list[Task]]], bases: dict[str, str], reader: Reader
+) -> list[Fork]:
+    """All forks of greedy answers, of the cells with one client. `bases`: drafting side -> the side without."""
+    found = []
+    for (workload, clients), sides in results.items():
+        for side, base in bases.items():
+            for number, (cell, plain) in enumerate(zip(sides.get(side, []), sides.get(base, []), strict=False)):
+                tasks = plans[number][(workload, clients)]
+                for index, (task, one, other) in enumerate(zip(tasks, plain.answers, cell.answers, strict=True)):
+                    at = first_difference(one.text, other.text)
+                    if clients == 1 and task.temperature is None and at is not None:
+                        found.append(_fork(reader, workload, side, number * len(tasks) + index, task, one, other, at))
+    return found
+
+
+def _fork(
+    reader: Reader, workload: str, side: str, number: int, task: Task, one: Answer, other: Answer, at: int
+) -> Fork:
+    reading = reader.read(task, other)
+    byte = len(other.text[:at].encode())
+    shown = one.text[at : at + 24], other.text[at : at + 24]
+    return Fork(workload, side, number, at, *shown, reading, reading.gap_at(byte))
+
+
+def noise_limit(found: Sequence[Fork]) -> float:
+    """Gaps up to this are explained by rounding: the best and the chosen logit may each be off by the noise."""
+    return 2 * max((fork.reading.noise for fork in found), default=0.0)
+
+
+def unexplained(found: Sequence[Fork]) -> list[Fork]:
+    """Forks whose answers hold a token that rounding does not explain: bugs."""
+    limit = noise_limit(found)
+    return [fork for fork in found if fork.reading.worst > limit]
