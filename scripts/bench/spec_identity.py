@@ -25,8 +25,8 @@ from edgellm.engine.loaded import load_runner
 from edgellm.models.describe import describe
 
 Floats = npt.NDArray[np.float32]
-_WIDTHS = (2, 3, 4, 6, 8)  # the widths that answers are read at for comparison, in turn
-_PROMPT_ROWS, _OTHER_PROMPT_ROWS = 512, 192
+_WIDTHS = (2, 3, 4, 6, 8, 12, 17)  # the widths that answers are read at for comparison, in turn
+_PROMPT_ROWS, _OTHER_PROMPT_ROWS = 512, 8  # what a prompt's end is read with goes with what the server has in its cache
 _CUT = "\ufffd"  # what is left of a character that an answer's end has cut
 
 
@@ -51,10 +51,6 @@ class Reading:
         """The largest gap."""
         return max((step.gap for step in self.steps), default=0.0)
 
-    def gap_at(self, byte: int) -> float:
-        """The gap of the token that this byte of the answer belongs to; the last token's behind the end."""
-        return next((step.gap for step in reversed(self.steps) if step.start <= byte), 0.0)
-
 
 @dataclass(frozen=True)
 class Fork:
@@ -66,8 +62,14 @@ class Fork:
     position: int  # in characters
     without: str  # what follows there
     drafted: str
-    reading: Reading
-    gap: float  # at the fork, in logits
+    plain: Reading
+    reading: Reading  # of the drafted answer
+
+    @property
+    def gap(self) -> float:
+        """Between the two tokens that the answers chose behind the same ones. 0 if they part in the text alone."""
+        pairs = zip(self.plain.steps, self.reading.steps, strict=False)
+        return next((max(a.gap, b.gap) for a, b in pairs if a.token != b.token), 0.0)
 
 
 def first_difference(one: str, other: str) -> int | None:
@@ -203,15 +205,13 @@ def forks(
 def _fork(
     reader: Reader, workload: str, side: str, number: int, task: Task, one: Answer, other: Answer, at: int
 ) -> Fork:
-    reading = reader.read(task, other)
-    byte = len(other.text[:at].encode())
     shown = one.text[at : at + 24], other.text[at : at + 24]
-    return Fork(workload, side, number, at, *shown, reading, reading.gap_at(byte))
+    return Fork(workload, side, number, at, *shown, reader.read(task, one), reader.read(task, other))
 
 
 def noise_limit(found: Sequence[Fork]) -> float:
     """Gaps up to this are explained by rounding: the best and the chosen logit may each be off by the noise."""
-    return 2 * max((fork.reading.noise for fork in found), default=0.0)
+    return 2 * max((max(fork.plain.noise, fork.reading.noise) for fork in found), default=0.0)
 
 
 def unexplained(found: Sequence[Fork]) -> list[Fork]:

@@ -138,12 +138,13 @@ def fork_table(found: Sequence[Fork]) -> str | None:
             _quoted(fork.without),
             _quoted(fork.drafted),
             f"{fork.gap:.4f}",
+            f"{fork.plain.worst:.4f}",
             f"{fork.reading.worst:.4f}",
             f"{fork.reading.noise:.4f}",
         ]
         for fork in first
     ]
-    header = ["request", "server", "at character", "without", "with", "gap", "largest gap", "noise"]
+    header = ["request", "server", "at character", "without", "with", "gap", "largest gap without", "with", "noise"]
     return table(header, rows) if rows else None
 
 
@@ -220,7 +221,7 @@ def identity_json(found: Sequence[Fork]) -> dict[str, Any]:
     """The forks, and what rounding explains."""
     forks = [
         {"workload": fork.workload, "server": fork.side, "request": fork.task, "at": fork.position, "gap": fork.gap}
-        | {"largest_gap": fork.reading.worst, "noise": fork.reading.noise}
+        | {"largest_gap": fork.reading.worst, "largest_gap_without": fork.plain.worst, "noise": fork.reading.noise}
         for fork in found
     ]
     return {"noise_limit": noise_limit(found), "bugs": len(unexplained(found)), "forks": forks}

@@ -25,9 +25,7 @@ RIVAL_MODES = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngr
 
 _SAMPLE = re.compile(r"^(\w+)\{([^}]*)\} ([0-9.eE+-]+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-_REFUSAL = re.compile(
-    r"\b((?:draft model|the target and draft|failed to initialize speculative|spec).*)", re.IGNORECASE
-)
+_REFUSAL = re.compile(r"\b((?:draft model|the target and draft|failed to initialize speculative).*)", re.IGNORECASE)
 _COMPLAINT = re.compile(r"must (closely )?match|not compatible|failed|not supported", re.IGNORECASE)
 
 

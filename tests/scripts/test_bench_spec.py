@@ -208,8 +208,9 @@ def test_the_best_token_that_the_text_begins_with_is_taken() -> None:
 
 
 def fork(gap: float, worst: float, noise: float) -> Fork:
-    reading = Reading((Step(0, 1, 0.0), Step(4, 2, gap), Step(9, 3, worst)), noise)
-    return Fork("edit", "edgellm auto", 3, 4, "one", "other", reading, reading.gap_at(5))
+    plain = Reading((Step(0, 1, 0.0), Step(4, 2, 0.0), Step(9, 3, 0.0)), noise)
+    reading = Reading((Step(0, 1, 0.0), Step(4, 5, gap), Step(8, 3, worst)), noise)
+    return Fork("edit", "edgellm auto", 3, 4, "one", "other", plain, reading)
 
 
 def test_rounding_explains_gaps_up_to_twice_the_noise_and_no_others() -> None:
@@ -272,7 +273,10 @@ def test_a_greedy_answer_has_no_gaps_and_a_changed_one_has(reader: Reader) -> No
     at = first_difference(answer.text, changed)
     assert at is not None
     wrong = reader.read(task, Answer(0.0, (1.0,), changed, 1, answer.completion_tokens + 4, "stop"))
-    assert wrong.gap_at(at) > 2, "the model would never have said that"
+    parted = Fork("edit", "edgellm auto", 0, at, "", "", reading, wrong)
+    assert parted.gap > 2, "the model would never have said that"
+    assert parted.gap == next(step.gap for step in wrong.steps if step.gap)
+    assert unexplained([parted])
     cut = Answer(0.0, (1.0,), answer.text[: len(words[0])], 1, 60, "stop")
     assert reader.read(task, cut).steps[-1].gap > 1, "nor have ended there"
     open_end = Answer(0.0, (1.0,), answer.text[: len(words[0])] + "\ufffd", 1, 60, "length")
