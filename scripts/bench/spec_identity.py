@@ -2,7 +2,8 @@
 
 Kernels round differently at different batch widths, so that two nearly equal logits may change places. An answer that
 differs is therefore read again, one token a batch, in a context of this script's own: each of its tokens must be the
-best, or fall short of the best by no more than logits differ by between widths.
+best, or fall short of the best by no more than logits differ by between widths. A text can be spelt in several tokens;
+of nearly equal ones that both fit, those are looked for with which all of the text is explained.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from edgellm.engine.loaded import load_runner
 from edgellm.models.describe import describe
 
 Floats = npt.NDArray[np.float32]
+Top = tuple[list[int], Floats]  # two tokens and their logits, (2,)
 _WIDTHS = (2, 3, 4, 6, 8, 12, 17)  # the widths that answers are read at for comparison, in turn
 _PROMPT_ROWS, _OTHER_PROMPT_ROWS = 512, 8  # what a prompt's end is read with goes with what the server has in its cache
+_NEAR = 2.0  # logits this near to the best one may have changed places with it
+_SPELLINGS = 12  # most that are tried of an answer
 _CUT = "\ufffd"  # what is left of a character that an answer's end has cut
 
 
@@ -37,6 +41,7 @@ class Step:
     start: int
     token: int
     gap: float
+    others: tuple[int, ...] = ()  # that fit as well, and are nearly as good
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,29 @@ def first_difference(one: str, other: str) -> int | None:
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def best_fit(logits: Floats, rest: bytes, piece: Callable[[int], bytes]) -> int | None:
-    """The token of the highest logit that `rest` begins with; None if there is none."""
+def fitting(logits: Floats, rest: bytes, piece: Callable[[int], bytes]) -> list[int]:
+    """The best token that `rest` begins with, and those near the very best; none if no token fits."""
+    best = float(logits.max())
+    near = np.flatnonzero(logits >= best - _NEAR)
+    found = [token for token in near[np.argsort(-logits[near])].tolist() if _fits(piece(token), rest)]
+    if found:  # nearly always, and sorting a vocabulary takes a while
+        return found
+    return [token for token in np.argsort(-logits, kind="stable").tolist() if _fits(piece(token), rest)][:1]
 
-    def fits(token: int) -> bool:
-        return bool(bytes_ := piece(token)) and rest.startswith(bytes_)
 
-    best = int(logits.argmax())
-    if fits(best):  # nearly always, and sorting a vocabulary takes a while
-        return best
-    return next((token for token in np.argsort(-logits, kind="stable").tolist() if fits(token)), None)
+def _fits(piece: bytes, rest: bytes) -> bool:
+    return bool(piece) and rest.startswith(piece)
+
+
+def _unexplained_step(steps: Sequence[Step]) -> int:
+    """The first whose token is far from the best; their number if there is none."""
+    return next((index for index, step in enumerate(steps) if step.gap > _NEAR), len(steps))
+
+
+def _unexplained_byte(steps: Sequence[Step], answer: Answer) -> int:
+    """Where that token begins; behind the end if there is none."""
+    at = _unexplained_step(steps)
+    return steps[at].start if at < len(steps) else len(answer.text.encode()) + 1
 
 
 class Reader:
@@ -128,37 +146,57 @@ class Reader:
     def read(self, task: Task, answer: Answer) -> Reading:
         """Each token of the answer, and its end if it ended by itself."""
         prompt = self.prompt(task)
-        steps, tops = self._walk(prompt, answer)
+        steps, tops = self._spelt(prompt, answer)
         return Reading(tuple(steps), self._noise(prompt, [step.token for step in steps], tops))
 
-    def _walk(self, prompt: list[int], answer: Answer) -> tuple[list[Step], list[tuple[list[int], Floats]]]:
-        """The steps; and for each, which two logits were the highest, and these."""
+    def _spelt(self, prompt: list[int], answer: Answer) -> tuple[list[Step], list[Top]]:
+        """Of the best tokens first; then with another one before the first that cannot be explained, nearest first."""
+        forced: dict[int, int] = {}
+        best = self._walk(prompt, answer, forced)
+        tried: set[tuple[int, int]] = set()
+        for _ in range(_SPELLINGS):
+            steps, far = best[0], _unexplained_step(best[0])
+            options = [(at, token) for at in range(min(far, len(steps) - 1), -1, -1) for token in steps[at].others]
+            choice = next((option for option in options if option not in tried), None)
+            if far == len(steps) or choice is None:
+                break
+            tried.add(choice)
+            kept = {at: token for at, token in forced.items() if at < choice[0]} | dict([choice])
+            found = self._walk(prompt, answer, kept)
+            if _unexplained_byte(found[0], answer) > _unexplained_byte(steps, answer):
+                best, forced = found, kept
+        return best
+
+    def _walk(self, prompt: list[int], answer: Answer, forced: dict[int, int]) -> tuple[list[Step], list[Top]]:
+        """The steps; and for each, which two logits were the highest, and these. `forced`: tokens by step."""
         rest = answer.text.removesuffix(_CUT).encode()
         total = len(rest)
         steps: list[Step] = []
-        tops: list[tuple[list[int], Floats]] = []
+        tops: list[Top] = []
         logits = self._first(prompt, _PROMPT_ROWS)
         while rest or answer.finish_reason == "stop":
             best = int(logits.argmax())
             silent = not self._vocab.piece(best) and not self._vocab.is_end(best)  # a control token shows no text
-            token = best if silent else self._fitting(logits, rest)
-            if token is None:
+            tokens = [best] if silent else self._fitting(logits, rest)
+            if not tokens:
                 break
-            steps.append(Step(total - len(rest), token, float(logits[best] - logits[token])))
+            token = forced.get(len(steps), tokens[0])
+            others = tuple(one for one in tokens if one != token)
+            steps.append(Step(total - len(rest), token, float(logits[best] - logits[token]), others))
             two = np.argpartition(-logits, 2)[:2].tolist()
             tops.append((two, logits[two].copy()))
-            if self._vocab.is_end(token) or len(steps) >= answer.completion_tokens + 8:
+            if self._vocab.is_end(token) or len(steps) >= 2 * answer.completion_tokens + 8:
                 break
             rest = rest[len(self._vocab.piece(token)) :]
             logits = self._rows([token], len(prompt) + len(steps) - 1)[0]
         return steps, tops
 
-    def _fitting(self, logits: Floats, rest: bytes) -> int | None:
+    def _fitting(self, logits: Floats, rest: bytes) -> list[int]:
         if not rest:
-            return max(self._vocab.end_tokens, key=lambda token: float(logits[token]))
-        return best_fit(logits, rest, self._vocab.piece)
+            return [max(self._vocab.end_tokens, key=lambda token: float(logits[token]))]
+        return fitting(logits, rest, self._vocab.piece)
 
-    def _noise(self, prompt: list[int], tokens: list[int], tops: list[tuple[list[int], Floats]]) -> float:
+    def _noise(self, prompt: list[int], tokens: list[int], tops: list[Top]) -> float:
         """The same tokens in wider batches, the prompt in narrower ones."""
         most, at = 0.0, 1
         rows = [self._first(prompt, _OTHER_PROMPT_ROWS)]

@@ -14,7 +14,7 @@ from bench.client import Answer, BenchError
 from bench.measures import Load
 from bench.servers import Limits
 from bench.spec_assisted import Assisted, AssistedRun
-from bench.spec_identity import Fork, Reader, Reading, Step, best_fit, first_difference, noise_limit, unexplained
+from bench.spec_identity import Fork, Reader, Reading, Step, first_difference, fitting, noise_limit, unexplained
 from bench.spec_runs import Cell, Counts, Results, Side
 from bench.spec_tasks import WORKLOADS, Task, share
 from hypothesis import given
@@ -199,12 +199,12 @@ def test_the_first_difference_is_where_common_text_ends(one: str, other: str) ->
 PIECES = [b"", b"a", b"ab", b"abc", b"b", b"\xc3", b"\xa9"]
 
 
-def test_the_best_token_that_the_text_begins_with_is_taken() -> None:
-    logits = np.array([9, 1, 3, 2, 8, 7, 0], np.float32)
-    assert best_fit(logits, b"abcd", PIECES.__getitem__) == 2
-    assert best_fit(logits, b"aXX", PIECES.__getitem__) == 1
-    assert best_fit(logits, "é".encode(), PIECES.__getitem__) == 5
-    assert best_fit(logits, b"zz", PIECES.__getitem__) is None
+def test_the_best_token_that_the_text_begins_with_comes_first() -> None:
+    logits = np.array([9, 1, 8, 7.5, 8, 5, 0], np.float32)
+    assert fitting(logits, b"abcd", PIECES.__getitem__) == [2, 3], "both are near the best, which shows no text"
+    assert fitting(logits, b"aXX", PIECES.__getitem__) == [1], "far from the best, but the only one"
+    assert fitting(logits, "é".encode(), PIECES.__getitem__) == [5]
+    assert fitting(logits, b"zz", PIECES.__getitem__) == []
 
 
 def fork(gap: float, worst: float, noise: float) -> Fork:
