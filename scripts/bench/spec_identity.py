@@ -49,7 +49,8 @@ class Reading:
     """An answer read again."""
 
     steps: tuple[Step, ...]
-    noise: float  # most that a logit that matters differs by at another width
+    noise: float  # most that a logit that matters differs by with other widths of answer and prompt
+    step_noise: float = 0.0  # the same with those of the answer alone
 
     @property
     def worst(self) -> float:
@@ -147,7 +148,9 @@ class Reader:
         """Each token of the answer, and its end if it ended by itself."""
         prompt = self.prompt(task)
         steps, tops = self._spelt(prompt, answer)
-        return Reading(tuple(steps), self._noise(prompt, [step.token for step in steps], tops))
+        tokens = [step.token for step in steps]
+        noises = [self._noise(prompt, tokens, tops, rows) for rows in (_OTHER_PROMPT_ROWS, _PROMPT_ROWS)]
+        return Reading(tuple(steps), max(noises), noises[1])
 
     def _spelt(self, prompt: list[int], answer: Answer) -> tuple[list[Step], list[Top]]:
         """Of the best tokens first; then with another one before the first that cannot be explained, nearest first."""
@@ -196,10 +199,10 @@ class Reader:
             return [max(self._vocab.end_tokens, key=lambda token: float(logits[token]))]
         return fitting(logits, rest, self._vocab.piece)
 
-    def _noise(self, prompt: list[int], tokens: list[int], tops: list[Top]) -> float:
-        """The same tokens in wider batches, the prompt in narrower ones."""
+    def _noise(self, prompt: list[int], tokens: list[int], tops: list[Top], prompt_rows: int) -> float:
+        """The same tokens in wider batches, behind the prompt in batches of `prompt_rows`."""
         most, at = 0.0, 1
-        rows = [self._first(prompt, _OTHER_PROMPT_ROWS)]
+        rows = [self._first(prompt, prompt_rows)]
         while len(rows) < len(tops):
             width = _WIDTHS[at % len(_WIDTHS)]
             some = tokens[len(rows) - 1 : min(len(rows) - 1 + width, len(tops) - 1)]

@@ -160,7 +160,10 @@ def verdict(found: Sequence[Fork]) -> str:
     if bugs := unexplained(found):
         where = ", ".join(f"{fork.workload} {fork.task} ({fork.side}, gap {fork.reading.worst:.3f})" for fork in bugs)
         return f"**BUG: {len(bugs)} answers hold tokens that rounding (up to {limit:.4f}) does not explain: {where}**"
-    return f"All {len(found)} forks lie within what logits differ by between batch widths (gaps up to {limit:.4f})."
+    said = f"All {len(found)} forks lie within what logits differ by between batch widths (gaps up to {limit:.4f})."
+    if not any(fork.plain.step_noise or fork.reading.step_noise for fork in found):
+        said += " **But the width of steps changes no logit here: only prompts read in other parts can be the reason.**"
+    return said
 
 
 def assisted_table(run: AssistedRun, results: Results, side: str | None) -> str:

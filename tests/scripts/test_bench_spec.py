@@ -219,6 +219,7 @@ def test_rounding_explains_gaps_up_to_twice_the_noise_and_no_others() -> None:
     assert noise_limit(found) == pytest.approx(0.04)
     assert not unexplained(found)
     assert "All 2 forks" in spec_report.verdict(found)
+    assert "changes no logit" in spec_report.verdict(found), "their answers' own widths made no noise"
     found.append(fork(0.001, 0.05, 0.01))  # right at the fork, and wrong behind it
     assert unexplained(found) == [found[2]]
     assert "BUG: 1 answers" in spec_report.verdict(found)
