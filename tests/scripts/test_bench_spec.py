@@ -186,6 +186,16 @@ def test_sides_differ_by_their_drafting_alone() -> None:
     assert rivals[3].contender.command[-6:-2] == ("--spec-type", "draft-simple", "--spec-draft-model", "/m/d.gguf")
 
 
+def test_a_drafter_that_llama_server_does_not_use_is_noticed() -> None:
+    log = """0.01.600.353 I common_speculative_init_result: loading draft model 'small.gguf'
+0.05.753.563 E spec common_specu: the target and draft vocabs are not compatible
+0.05.753.806 E srv    load_model: failed to initialize speculative decoding context: draft model vocab type must match
+"""
+    said = spec_runs.refusal(log)
+    assert said.startswith("the target and draft vocabs are not compatible; failed to initialize speculative decoding")
+    assert not spec_runs.refusal(log.splitlines()[0]), "it was loaded, and no complaint"
+
+
 @given(one=st.text("ab", max_size=8), other=st.text("ab", max_size=8))
 def test_the_first_difference_is_where_common_text_ends(one: str, other: str) -> None:
     at = first_difference(one, other)
