@@ -22,6 +22,9 @@ _LENGTHS = (2, 3, 4, 6, 8)  # drafts by the drafter that are weighed against eac
 _READING_ROWS = 16  # if it has more to read than this, that is the prompt
 _EXPLORING = 0.01  # of all time may go into drafts that are not expected to pay: the expectation may be wrong
 
+_TRIED = (3, 7, 1)  # drafted tokens, for steps of widths that have not been seen
+_LIKELY = 0.5
+
 END = -1
 """Drawn where an answer ends: whatever was guessed for that place is wrong."""
 
@@ -130,6 +133,8 @@ class Speculator:
                 self._ask(self.drafter, asked, least)
                 self._spent(self.drafter.name, time.perf_counter() - started)
                 plan = self._share_out(wanted, room)
+        if room and not any(plan.counts):
+            self._try_a_width(wanted, plan, room)
         drafts: list[tuple[int, ...]] = []
         for want, count in zip(wanted, plan.counts, strict=True):
             guess = want.line.guess
@@ -141,6 +146,18 @@ class Speculator:
     def _share_out(self, wanted: Sequence[Draftable], room: int) -> Plan:
         chances = [want.line.chances for want in wanted]
         return share_out(chances, answers=len(wanted), rows=self._step.rows, room=room, seconds=self.costs.seconds)
+
+    def _try_a_width(self, wanted: Sequence[Draftable], plan: Plan, room: int) -> None:
+        """Where the time of wider steps is a mere assumption, some that are likely to bring something are tried."""
+        rows = self._step.rows
+        for count in _TRIED:
+            if count > room or not self.costs.uncertain(rows + count):
+                continue
+            for index, want in enumerate(wanted):
+                chances = want.line.chances[:count]
+                if len(chances) == count and expected_tokens(chances) > _LIKELY * count:
+                    plan.counts[index] = count
+                    return
 
     def _worth_drafting(
         self, drafter: Drafter, wanted: Sequence[Draftable], room: int, rate: float

@@ -129,6 +129,23 @@ def test_until_a_step_was_timed_nothing_is_drafted() -> None:
     assert speculator.draft([want], rows=1, room=8) == [(7,)]
 
 
+def test_where_wider_steps_were_never_timed_likely_guesses_try_them() -> None:
+    costs = StepCosts()
+    costs.observe(1, 0.1)
+    speculator = Speculator([_Says("free", [7] * 8, 0.8)], costs)
+    _, want = _line(speculator, [1, 2])
+    widths = []
+    for _ in range(12):
+        (draft,) = speculator.draft([want], rows=1, room=8)
+        widths.append(1 + len(draft))
+        speculator.observe(1 + len(draft), 0.1 * (1 + len(draft)))  # each row costs a step of its own
+    assert widths.count(4) == 4
+    assert widths[-1] == 1  # then it is known that this does not pay
+    cautious = Speculator([_Says("free", [7] * 8, 0.4)], StepCosts())
+    cautious.observe(1, 0.1)
+    assert cautious.draft([want], rows=1, room=8) == [()]
+
+
 def test_proposers_hear_what_was_written_and_the_whole_answer_in_the_end() -> None:
     proposer = _Says("free", [7], 0.9)
     speculator = Speculator([proposer], _Fixed(0.1))
