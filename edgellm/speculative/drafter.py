@@ -65,6 +65,7 @@ class _Run:
     probabilities: list[float] = field(default_factory=list)
     mapped: list[Mapped] = field(default_factory=list)
     evidence: list[Evidence] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
 
 
 class Drafter:
@@ -132,7 +133,9 @@ class Drafter:
         for run in runs:
             run.state.drafted = run.tokens[: run.position - len(run.state.transcript.tokens)]  # type: ignore[union-attr]
         guesses: list[Guess | None] = [
-            Guess(tuple(mapped.token for mapped in run.mapped), tuple(run.evidence)) if run.mapped else None
+            Guess(tuple(mapped.token for mapped in run.mapped), tuple(run.evidence), tuple(run.chances))
+            if run.mapped
+            else None
             for run in runs
         ]
         return guesses + [None] * (len(wants) - len(guesses))
@@ -177,10 +180,10 @@ class Drafter:
         found = self.bridge.to_target(run.tokens, run.probabilities, final=False, held=held)
         run.mapped = found[: run.want.limit]  # what comes behind a token may turn it into another
         run.evidence = [_evidence(mapped, place, run.state) for place, mapped in enumerate(run.mapped)]
+        run.chances = [self.acceptance.probability(evidence) for evidence in run.evidence]
         if len(run.tokens) >= _MOST_DRAFTED or len(run.mapped) >= run.want.limit:
             return False
-        together = math.prod(map(self.acceptance.probability, run.evidence))
-        return together * self.chance >= run.want.least
+        return math.prod(run.chances) * self.chance >= run.want.least
 
     # --- cells ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgellm.speculative.costs import StepCosts
@@ -20,6 +20,7 @@ DRAFT_TOKENS = 15
 
 _LENGTHS = (2, 3, 4, 6, 8)  # drafts by the drafter that are weighed against each other
 _READING_ROWS = 16  # if it has more to read than this, that is the prompt
+_SURELY = 0.5  # a token with this part of the probability that would pay for its row is surely not worth looking up
 _EXPLORING = 0.01  # of all time may go into drafts that are not expected to pay: the expectation may be wrong
 
 _TRIED = (3, 7, 1)  # drafted tokens, for steps of widths that have not been seen
@@ -57,7 +58,7 @@ class Line:
     known: int  # tokens of the context that the proposers have been told
     proposer: Proposer | None = None  # that made the guess of this step
     guess: Guess | None = None
-    chances: list[float] = field(default_factory=list)  # that each token is accepted if those before it are
+    chances: Sequence[float] = ()  # of its tokens
     drafted: int = 0  # tokens of the guess that are verified
 
 
@@ -120,10 +121,11 @@ class Speculator:
         """
         for want in wanted:
             self._tell(want)
-        open_wants = [want for want in wanted if want.limit > 0]
-        for proposer in self.proposers:
-            self._ask(proposer, open_wants)
         self._step = _Step(len(wanted), rows, 0)
+        open_wants = [want for want in wanted if want.limit > 0]
+        least = _SURELY * self._row_s() * len(wanted) / self.costs.seconds(len(wanted))
+        for proposer in self.proposers:
+            self._ask(proposer, open_wants, least)
         room = room if self.costs.known else 0
         plan = self._share_out(wanted, room)
         if self.drafter is not None and room and open_wants:
@@ -197,10 +199,13 @@ class Speculator:
             best_rate = max(best_rate, plan.rate)
         if best_rate <= GAIN * rate and not self._may_explore(reading_s):
             return [], 0.0
-        rows, seconds = self._step.rows, self.costs.seconds
-        row_s = (seconds(rows + _LENGTHS[-1]) - seconds(rows)) / _LENGTHS[-1]
-        least = rate * (drafter.costs.seconds(len(better)) / len(better) + row_s)
+        least = rate * (drafter.costs.seconds(len(better)) / len(better) + self._row_s())
         return [wanted[index] for index in better], least
+
+    def _row_s(self) -> float:
+        """What a drafted token adds to the time of the step."""
+        rows, seconds = self._step.rows, self.costs.seconds
+        return (seconds(rows + _LENGTHS[-1]) - seconds(rows)) / _LENGTHS[-1]
 
     def _may_explore(self, reading_s: float) -> bool:
         """Whether asking costs so little, of all time so far, that it may be done to learn how good the drafter is."""
@@ -212,23 +217,22 @@ class Speculator:
 
     def _tell(self, want: Draftable) -> None:
         line = want.line
-        line.proposer, line.guess, line.chances = None, None, []
+        line.proposer, line.guess, line.chances = None, None, ()
         if line.known < len(want.context):
             new = want.context[line.known :]
             for proposer in self.all:
                 proposer.extend(line.states[proposer.name], new)
             line.known = len(want.context)
 
-    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable], least: float = 0.0) -> None:
+    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable], least: float) -> None:
         """The guess from which the most is to be expected is the one that is kept."""
         wants = [Want(want.line.states[proposer.name], want.context, want.limit, least) for want in wanted]
         for want, guess in zip(wanted, proposer.propose(wants), strict=True):
             if guess is None:
                 continue
-            line, probability = want.line, proposer.acceptance.probability
-            chances = [probability(evidence) for evidence in guess.evidence]
-            if expected_tokens(chances) > expected_tokens(line.chances):
-                line.proposer, line.guess, line.chances = proposer, guess, chances
+            line = want.line
+            if expected_tokens(guess.chances) > expected_tokens(line.chances):
+                line.proposer, line.guess, line.chances = proposer, guess, guess.chances
 
     def judge(self, line: Line, drawn: Sequence[int]) -> None:
         """What the target drew in the step: one token or more, the last one END if it ends the answer. What was guessed

@@ -52,7 +52,7 @@ class _Says:
     def propose(self, wants: Sequence[Want]) -> list[Guess | None]:
         self.asked += wants
         tokens = [self.tokens[: want.limit] for want in wants]
-        return [Guess(t, ((self.odds,),) * len(t)) if t else None for t in tokens]
+        return [Guess(t, ((self.odds,),) * len(t), (self.chance,) * len(t)) if t else None for t in tokens]
 
     def judge(self, _state: str, _guess: Guess, fits: Sequence[bool]) -> None:
         self.judged.append(list(fits))
