@@ -20,6 +20,9 @@ DRAFT_TOKENS = 15
 
 _LENGTHS = (2, 3, 4, 6, 8)  # drafts by the drafter that are weighed against each other
 _READING_ROWS = 16  # if it has more to read than this, that is the prompt
+_USUAL_TOKENS = 128.0  # of an answer, until some have been seen
+_LEAST_LEFT = 16.0  # that an answer longer than usual will still have
+_FORGETTING = 0.1
 _SURELY = 0.5  # a token with this part of the probability that would pay for its row is surely not worth looking up
 _EXPLORING = 0.01  # of all time may go into drafts that are not expected to pay: the expectation may be wrong
 
@@ -93,6 +96,7 @@ class Speculator:
         self.stats = {proposer.name: ProposerStats() for proposer in self.all}
         self._steps_s = 0.0
         self._drafting_s = 0.0
+        self._usual_tokens = _USUAL_TOKENS
         self._target_calls = 0
         self._tokens = 0
         self.save: Callable[[], None] = lambda: None
@@ -109,6 +113,7 @@ class Speculator:
     def end(self, line: Line, context: Sequence[int]) -> None:
         """The answer is over. `context`: prompt and answer."""
         answer = context[len(line.prompt.tokens) :]
+        self._usual_tokens += _FORGETTING * (len(answer) - self._usual_tokens)
         for proposer in self.all:
             proposer.end(line.states[proposer.name], answer)
 
@@ -181,8 +186,7 @@ class Speculator:
         pending = sum(outlooks[index].pending for index in better)
         reading_s = drafter.costs.seconds(pending)
         if pending > _READING_ROWS:  # once for all steps that follow
-            steps = min(wanted[index].limit_left for index in better) / _LENGTHS[0]
-            reading_s /= max(1.0, steps)
+            reading_s /= max(1.0, min(self._left(wanted[index]) for index in better) / _LENGTHS[0])
         best_rate = rate
         for length in _LENGTHS:
             chances = [want.line.chances for want in wanted]
@@ -201,6 +205,11 @@ class Speculator:
             return [], 0.0
         least = rate * (drafter.costs.seconds(len(better)) / len(better) + self._row_s())
         return [wanted[index] for index in better], least
+
+    def _left(self, want: Draftable) -> float:
+        """Tokens that the answer will probably still have: as many as answers have had lately."""
+        so_far = len(want.context) - len(want.line.prompt.tokens)
+        return min(want.limit_left, max(_LEAST_LEFT, self._usual_tokens - so_far))
 
     def _row_s(self) -> float:
         """What a drafted token adds to the time of the step."""

@@ -179,10 +179,15 @@ def test_the_drafter_is_asked_where_it_pays(chance: float, first_s: float, asked
 
 def test_a_drafter_that_has_a_long_prompt_to_read_for_a_short_answer_is_not_asked() -> None:
     drafter = _Says("model", [5, 5, 5, 5], 0.8)
-    drafter.pending = 2000
+    drafter.pending = 20_000
     speculator = Speculator([], _Fixed(0.2), drafter)  # type: ignore[arg-type]
     line, _ = _line(speculator, [1, 2])
     assert speculator.draft([Draftable(line, [1, 2], 8, 10)], rows=1, room=8) == [()]
+    assert speculator.draft([Draftable(line, [1, 2], 8, 100_000)], rows=1, room=8) == [
+        ()
+    ]  # not that it will be so long
+    for _ in range(60):
+        speculator.end(line, range(5000))  # answers are
     assert speculator.draft([Draftable(line, [1, 2], 8, 100_000)], rows=1, room=8) != [()]
 
 
