@@ -218,6 +218,8 @@ class ModelManager:
         with self._lock:
             records = [record for record in self._adapters.values() if record.model == model.name]
         try:
+            if (speculator := runner.speculator) is not None:
+                self._engine.call(speculator.prepare).result()
             for record in records:
                 self._attach_again(loaded, record, model)
         except BaseException:

@@ -11,9 +11,12 @@ _WIDTHS = (1, 2, 4, 8, 16)
 _ROUNDS = 3  # the first touches memory for the first time
 
 
-def measure_steps(context: Context, *, outputs: int, most_s: float = 1.0) -> dict[int, float]:
-    """Seconds by rows, for an empty context, which is left empty. Widths beyond `outputs` are left out, as are those
-    that `most_s` seconds do not suffice for; one row is always measured.
+def measure_steps(context: Context, most_s: float = 1.0) -> dict[int, float]:
+    """Seconds by rows, for an empty context, which is left empty. Widths of more rows than it has outputs for are left
+    out, as are those that `most_s` seconds do not suffice for; one row is always measured.
+
+    On the thread that will compute the steps: OpenMP keeps threads for every thread that it served, and makes all of
+    them wait in a slower way once they are more than the processors.
 
     Raises BackendError.
     """
@@ -21,7 +24,9 @@ def measure_steps(context: Context, *, outputs: int, most_s: float = 1.0) -> dic
     found: dict[int, float] = {}
     ends_s = time.perf_counter() + most_s
     for width in _WIDTHS:
-        if width > outputs or (found and time.perf_counter() + 2 * max(found.values()) * _ROUNDS > ends_s):
+        if width > context.params.outputs or (
+            found and time.perf_counter() + 2 * max(found.values()) * _ROUNDS > ends_s
+        ):
             break
         for turn in range(_ROUNDS):
             batch.clear()

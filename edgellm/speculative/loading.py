@@ -51,18 +51,23 @@ def load_speculator(
 ) -> Speculator:
     """The speculator of a model that `no_drafting` has nothing against.
 
-    What is learned is kept below `home`. Step times are measured if they are not known from before and `measured` is
-    set. `drafter` are the small model, if one is to draft, and its context; they belong to the speculator from now on.
-    Raises BackendError.
+    What is learned is kept below `home`. Its `prepare` measures step times that are not known from before, those of
+    the target only if `measured` is set. `drafter` are the small model, if one is to draft, and its context; they
+    belong to the speculator from now on.
     """
     folder = home / FOLDER / model.path.stem
     machine = _machine(model, context, settings)
     learned = read_learned(folder / _LEARNED, machine) or Learned({}, {})
-    steps = dict(learned.steps)
-    if not steps and measured:
-        steps = measure_steps(context, outputs=context.params.outputs)
     small = _drafter(model, *drafter, home) if drafter is not None else None
-    speculator = Speculator([Lookup(History(_HISTORY_TOKENS))], StepCosts(steps or None), small)
+    speculator = Speculator([Lookup(History(_HISTORY_TOKENS))], StepCosts(learned.steps), small)
+
+    def prepare() -> None:
+        if measured and not speculator.costs.known:
+            speculator.costs = StepCosts(measure_steps(context))
+        if small is not None:
+            small.costs = StepCosts(measure_steps(small.context))
+
+    speculator.prepare = prepare
     for proposer in speculator.all:
         before = learned.weights.get(proposer.name, ())
         if len(before) == len(proposer.acceptance.weights):
@@ -75,8 +80,7 @@ def _drafter(target: Model, model: Model, context: Context, home: Path) -> Draft
     prints = vocabulary_fingerprint(model.vocab), vocabulary_fingerprint(target.vocab)
     path = home / FOLDER / f"{prints[0].hex()[:16]}-{prints[1].hex()[:16]}.ngrams"
     cache = NgramCache.load(path, *prints)
-    steps = measure_steps(context, outputs=context.params.outputs)
-    drafter = Drafter(model, context, Bridge(model.vocab, target.vocab, cache), StepCosts(steps))
+    drafter = Drafter(model, context, Bridge(model.vocab, target.vocab, cache), StepCosts())
     drafter.cache_path = path
     return drafter
 

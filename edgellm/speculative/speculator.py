@@ -99,6 +99,8 @@ class Speculator:
         self._usual_tokens = _USUAL_TOKENS
         self._target_calls = 0
         self._tokens = 0
+        self.prepare: Callable[[], None] = lambda: None
+        """On the engine thread, before the first answer: measures step times that are not known. Raises BackendError."""
         self.save: Callable[[], None] = lambda: None
         """Keeps on disk what was learned."""
         self._step = _Step(1, 1, 0)
