@@ -16,7 +16,7 @@ import numpy as np
 
 from edgellm.backend.batch import Batch
 from edgellm.backend.context import Context, Floats
-from edgellm.backend.model import Model
+from edgellm.backend.model import Adapter, Model
 from edgellm.speculative.acceptance import Acceptance
 from edgellm.speculative.bridge import Bridge, Mapped, Way
 from edgellm.speculative.costs import StepCosts
@@ -82,6 +82,7 @@ class Drafter:
         self._batch = Batch(BATCH_TOKENS)
         self._holders: list[_State | None] = [None] * SEQUENCES
         self._turn = 0
+        self._adapter: Adapter | None = None
 
     # --- one answer -----------------------------------------------------------------------------------------------
 
@@ -119,6 +120,20 @@ class Drafter:
         """What was learned from answers."""
         self.acceptance, self.chance = Acceptance(_WEIGHTS), _CHANCE
         self.bridge.cache.clear()
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Drafts with `adapter`, loaded for `model`, from now on, or without any. It belongs to the drafter then, and
+        the one before is closed. Answers under way are read anew, for cells hold what was computed without it.
+
+        Raises BackendError, with everything as it was.
+        """
+        self.context.set_adapters([] if adapter is None else [(adapter, 1.0)])
+        for holder in self._holders:
+            if holder is not None:
+                self._leave(holder)
+        before, self._adapter = self._adapter, adapter
+        if before is not None and before is not adapter:
+            before.close()
 
     # --- drafting -------------------------------------------------------------------------------------------------
 
@@ -200,8 +215,10 @@ class Drafter:
         state.sequence, state.cached, state.drafted, state.transcript = -1, 0, [], None
 
     def close(self) -> None:
-        """Frees context and model."""
+        """Frees context, adapter and model."""
         self.context.close()
+        if self._adapter is not None:
+            self._adapter.close()
         self.model.close()
 
 
