@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from edgellm.backend.context import Context, ContextParams
-from edgellm.backend.model import Adapter, Model
+from edgellm.backend.model import Adapter, Model, VocabFile
 from edgellm.backend.vocab import Vocab
 from edgellm.errors import StorageError
 from edgellm.models.files import publish
@@ -63,9 +63,9 @@ class Result:
 
     accepted: bool  # the adapter lies at `output`; else nothing was written there
     reason: str
-    records: int
-    held_out: int
-    trained: int
+    records: int  # in the buffer
+    held_out: int  # of these, that it was measured on
+    trained: int  # and trained on
     steps: int = 0
     acceptance_without: float | None = None  # any adapter
     acceptance_before: float | None = None  # with the earlier adapter, if there is one and it is better than none
@@ -107,16 +107,17 @@ class _Adaptation:
     def run(self) -> Result:
         spec = self._spec
         with ExitStack() as stack:
-            target = Model(spec.target)
+            target = VocabFile(spec.target)
             stack.callback(target.close)
             records = _sound(AnswerBuffer(spec.buffer, vocabulary_fingerprint(target.vocab)).read(), target.vocab)
             training, held_out = divide(records)
+            training, held_out = training[-spec.answers :], held_out[-spec.measured :]
             self._counts = {"records": len(records), "held_out": len(held_out), "trained": len(training)}
             self._report({"event": "data", **self._counts})
             if not held_out or len(training) < spec.batch_size:
                 return self._result(False, "there are too few answers to learn from and to measure on")
             drafter = stack.enter_context(self._drafter(target.vocab))
-            answers = self._answers(target, drafter.bridge, training)
+            answers = self._answers(drafter.bridge, training)
             if not answers:
                 return self._result(False, "no token of the target's answers is one of the drafter's")
             try:
@@ -124,7 +125,7 @@ class _Adaptation:
             except OSError as error:
                 raise StorageError(f"the adapter cannot be written: {error.strerror}") from None
             steps = self._train(answers, work / "new.gguf")
-            return self._judge(drafter, held_out[-spec.measured :], work / "new.gguf", steps)
+            return self._judge(drafter, held_out, work / "new.gguf", steps)
 
     @contextmanager
     def _drafter(self, target: Vocab) -> Iterator[Drafter]:
@@ -147,14 +148,18 @@ class _Adaptation:
         finally:
             drafter.close()
 
-    def _answers(self, target: Model, bridge: Bridge, training: Sequence[Record]) -> list[DraftedAnswer]:
+    def _answers(self, bridge: Bridge, training: Sequence[Record]) -> list[DraftedAnswer]:
         """The records as the drafter learns them, with what the target held likely."""
         spec, found, to_drafter = self._spec, [], direct_tokens(bridge)
-        with Teacher(target, longest=longest_of(training), threads=spec.threads, top=spec.top) as teacher:
-            for number, record in enumerate(training, 1):
-                likeliest = teacher.likeliest(record)
-                found.append(drafted(bridge, record, likeliest, to_drafter, most_tokens=spec.row_tokens))
-                self._report({"event": "asked", "record": number, "records": len(training)})
+        target = Model(spec.target)
+        try:
+            with Teacher(target, longest=longest_of(training), threads=spec.threads, top=spec.top) as teacher:
+                for number, record in enumerate(training, 1):
+                    likeliest = teacher.likeliest(record)
+                    found.append(drafted(bridge, record, likeliest, to_drafter, most_tokens=spec.row_tokens))
+                    self._report({"event": "asked", "record": number, "records": len(training)})
+        finally:
+            target.close()
         return [answer for answer in found if answer is not None]
 
     def _train(self, answers: Sequence[DraftedAnswer], path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgellm.errors import ConfigError
 from edgellm.tune.scheme import check_scheme
 
-_WHOLE = ("epochs", "batch_size", "rank", "top", "drafts", "row_tokens", "threads", "measured")
+_WHOLE = ("epochs", "batch_size", "rank", "top", "drafts", "row_tokens", "threads", "answers", "measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class AdaptationSpec:
     buffer: Path  # edgellm/speculative/buffer.py
     output: Path  # the adapter, if it turns out better than what there is
     earlier: Path | None = None  # the adapter in use so far: it is trained further
+    answers: int = 128  # that it is trained on, the latest ones: asking the target takes longest
     epochs: int = 2
     batch_size: int = 8  # answers a step
     learning_rate: float = 1e-3

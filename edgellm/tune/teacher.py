@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -71,16 +70,6 @@ class Teacher:
 def longest_of(records: Sequence[Record]) -> int:
     """What `Teacher` wants to know of them."""
     return 1 + max(len(record.prompt) + len(record.answer) for record in records)
-
-
-def likeliest_of(path: Path, records: Sequence[Record], *, threads: int, top: int = TOP) -> list[Likeliest]:
-    """Of all `records`, by the model of that file. Raises ModelLoadError, BackendError."""
-    model = Model(path)
-    try:
-        with Teacher(model, longest=longest_of(records), threads=threads, top=top) as teacher:
-            return [teacher.likeliest(record) for record in records]
-    finally:
-        model.close()
 
 
 def _likeliest(logits: NDArray[np.float32], top: int) -> Likeliest:

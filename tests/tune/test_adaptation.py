@@ -153,6 +153,25 @@ def test_held_out_answers_are_never_trained_on(
     assert not set(learnt) & set(measured)
 
 
+def test_of_many_answers_the_latest_are_taken(
+    spec: AdaptationSpec, models: tuple[Path, Path], sure: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab = VocabFile(models[1])
+    training, held_out = divide(AnswerBuffer(spec.buffer, vocabulary_fingerprint(vocab.vocab)).read())
+    vocab.close()
+    measured, replay = [], run_module.replay
+
+    def measure(drafter: Any, records: Sequence[Any], *, most: int) -> Any:
+        measured.append(tuple(records))
+        return replay(drafter, records, most=most)
+
+    monkeypatch.setattr(run_module, "replay", measure)
+    result = adapt(replace(spec, epochs=1, answers=9, measured=2), lambda _: None, Loose())
+    assert len(training) > 9
+    assert (result.records, result.trained, result.held_out) == (40, 9, 2)
+    assert set(measured) == {tuple(held_out[-2:])}
+
+
 def test_the_same_are_held_out_whatever_else_there_is(spec: AdaptationSpec, models: tuple[Path, Path]) -> None:
     vocab = VocabFile(models[1])
     records = AnswerBuffer(spec.buffer, vocabulary_fingerprint(vocab.vocab)).read()

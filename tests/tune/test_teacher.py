@@ -9,19 +9,28 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from edgellm.backend.model import Model  # noqa: E402
 from edgellm.speculative.buffer import Record  # noqa: E402
-from edgellm.tune.teacher import likeliest_of  # noqa: E402
+from edgellm.tune.teacher import Likeliest, Teacher, longest_of  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama  # noqa: E402
 from tests.tune.rig import TEXT, true_logits  # noqa: E402
 
 LONG = [*TEXT, *TEXT[::-1], *TEXT, *TEXT[5:70]]
 
 
+def likeliest_of(path: Path, records: list[Record], top: int) -> list[Likeliest]:
+    model = Model(path)
+    with Teacher(model, longest=longest_of(records), threads=1, top=top) as teacher:
+        found = [teacher.likeliest(record) for record in records]
+    model.close()
+    return found
+
+
 @pytest.mark.parametrize("prompt", [0, 1, 7, 126, 127, 128, 129, 200, 255, 256])
 def test_every_token_of_the_answer(tmp_path: Path, prompt: int) -> None:
     base = write_tiny_llama(tmp_path / "m.gguf")
     records = [Record(tuple(LONG[:prompt]), tuple(LONG[prompt:])), Record(tuple(TEXT[:9]), (TEXT[9],))]
-    (tokens, found), (others, of_others) = likeliest_of(base, records, threads=1, top=5)
+    (tokens, found), (others, of_others) = likeliest_of(base, records, 5)
     assert tokens.shape == found.shape == (len(LONG) - prompt, 5)
     expected = true_logits(base, LONG).softmax(1)[:-1].topk(5)  # of what follows each token
     if prompt == 0:  # nothing precedes it
@@ -37,7 +46,7 @@ def test_every_token_of_the_answer(tmp_path: Path, prompt: int) -> None:
 
 def test_probabilities_are_sorted_and_of_one_whole(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "m.gguf")
-    ((tokens, found),) = likeliest_of(base, [Record(tuple(TEXT[:9]), tuple(TEXT[9:40]))], threads=1, top=10**6)
+    ((tokens, found),) = likeliest_of(base, [Record(tuple(TEXT[:9]), tuple(TEXT[9:40]))], 10**6)
     assert tokens.shape[1] > 256  # all of them
     assert np.allclose(found.sum(1), 1, atol=1e-4)
     assert (np.diff(found) <= 0).all()
