@@ -169,6 +169,7 @@ class Drafter:
         return _Run(want, state, list(tokens[start:]), start)
 
     def _compute(self, runs: Sequence[_Run]) -> list[tuple[_Run, Floats]]:
+        self._read(runs)
         batch = self._batch
         batch.clear()
         rows = []
@@ -178,6 +179,17 @@ class Drafter:
             rows.append(batch.n_tokens - 1)
         self.context.decode(batch)
         return [(run, self.context.logits(row)) for run, row in zip(runs, rows, strict=True)]
+
+    def _read(self, runs: Sequence[_Run]) -> None:
+        """Computes so much of what the answers have to read that one step has room for the rest."""
+        batch, most = self._batch, BATCH_TOKENS // len(runs)
+        for run in runs:
+            while (excess := min(len(run.feed) - most, BATCH_TOKENS)) > 0:
+                batch.clear()
+                batch.extend(run.feed[:excess], run.position, run.state.sequence, outputs=0)
+                self.context.decode(batch)
+                run.position += excess
+                run.feed = run.feed[excess:]
 
     def _go_on(self, run: _Run, logits: Floats) -> bool:
         """Takes the likeliest token; whether another is worth it."""

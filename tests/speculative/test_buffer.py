@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
@@ -188,3 +189,19 @@ def test_threads_and_processes_write_whole_records(tmp_path: Path) -> None:
         numbers = [record.answer[1] for record in found if record.answer[0] == name]
         assert numbers == list(range(numbers[0], 300)) if numbers else True
     assert all(record.answer == record.answer[:2] * 5 for record in found)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, lock = buffer(tmp_path), fcntl.flock
+    mine.append([1], [2])
+    spare = AnswerBuffer(tmp_path / "spare" / "answers", PRINT)
+    spare.append([3], [4])
+
+    def late(descriptor: int, how: int) -> None:  # another process was first, and renewed the file
+        if spare.path.exists():
+            spare.path.replace(mine.path)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    mine.append([5], [6])
+    assert mine.read() == [Record((3,), (4,)), Record((5,), (6,))]

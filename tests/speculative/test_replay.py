@@ -122,3 +122,13 @@ def test_every_token_is_counted_once(base: Path, make: Make) -> None:
 def test_no_answers(base: Path, make: Make) -> None:
     found = sum(replay(make(base), [], most=4), Replay())
     assert (found.acceptance, found.tokens_per_call) == (0.0, 0.0)
+
+
+def test_long_prompts_are_read_in_parts(base: Path, make: Make) -> None:
+    long = tuple(b"".join(b"%d, " % number for number in range(100)))
+    prompts = [long[place:] + PROMPT for place in range(SEQUENCES)]
+    apart = [guess(drafter := make(base), drafter.begin(Prompt(prompt, 0.0)), prompt) for prompt in prompts]
+    drafter = make(base)
+    found = drafter.propose([Want(drafter.begin(Prompt(prompt, 0.0)), prompt, 6) for prompt in prompts])
+    assert [() if one is None else one.tokens for one in found] == apart
+    assert sum(drafter.context.last_position(sequence) for sequence in range(SEQUENCES)) > BATCH_TOKENS
