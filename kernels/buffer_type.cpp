@@ -17,9 +17,9 @@
 
 #include <sys/mman.h>
 
+#include "attention_op.h"
 #include "ggml_abi.h"
 #include "host.h"
-#include "one_row.h"
 #include "packed.h"
 
 namespace edgellm {
@@ -154,7 +154,7 @@ class Packed final : public ExtraBufferType {
 
     TensorTraits * get_tensor_traits(const Tensor * op) override {
         const bool ours = (op->op == host().op_mul_mat || op->op == host().op_get_rows) && is_packed(op->src[0]);
-        return ours ? &traits : one_row_as_several();
+        return ours ? &traits : attention_traits();
     }
 };
 
@@ -245,6 +245,9 @@ size_t get_alloc_size(BufferType *, const Tensor * t) { return packed_size(t->ty
 
 void install_packing(const Kernels & chosen) {
     kernels = &chosen;
+#if defined(__x86_64__)
+    set_attention(&kAttentionAvx2);  // whoever has the other kernels has AVX2 as well
+#endif
     buffer_type.iface = {get_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, nullptr};
     buffer_type.device = static_cast<Device *>(host().device);
     buffer_type.context = static_cast<ExtraBufferType *>(&packed);

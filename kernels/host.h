@@ -19,7 +19,7 @@ struct Host {
     void * row_size;            // ggml_row_size
     void * device;              // the CPU's ggml_backend_dev_t
     int32_t op_mul_mat, op_mul_mat_id, op_get_rows, op_attention;
-    int32_t type_f32, type_i32;
+    int32_t type_f32, type_f16, type_i32;
 };
 
 // Set once a process, before the first model is loaded.

@@ -103,6 +103,7 @@ void set_host(const nb::dict & functions, const nb::dict & numbers) {
     host.op_get_rows = number("GET_ROWS");
     host.op_attention = number("FLASH_ATTN_EXT");
     host.type_f32 = number("f32");
+    host.type_f16 = number("f16");
     host.type_i32 = number("i32");
     edgellm::set_host(host);
 }
@@ -175,4 +176,5 @@ NB_MODULE(_kernels, m) {
     edgellm::bind_experts(m);
     edgellm::bind_narrow(m);
     edgellm::bind_training(m);
+    edgellm::bind_attention(m);
 }

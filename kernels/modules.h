@@ -5,6 +5,7 @@
 
 namespace edgellm {
 
+void bind_attention(nanobind::module_ & m);   // attention_module.cpp
 void bind_experts(nanobind::module_ & m);     // experts_module.cpp
 void bind_narrow(nanobind::module_ & m);      // narrow_module.cpp
 void bind_pair_table(nanobind::module_ & m);  // pair_table_module.cpp

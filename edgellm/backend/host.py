@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from typing import Any
 
 from edgellm import _kernels
 from edgellm.backend.library import lib
 
 _CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
-_F32, _I32, _Q4_1, _Q8_1 = 0, 26, 3, 9
+_F32, _F16, _I32, _Q4_1, _Q8_1 = 0, 1, 26, 3, 9
 _API_VERSION = 2  # GGML_BACKEND_API_VERSION: the layout of buffers and buffer types
 
 
@@ -130,16 +131,19 @@ def _numbers(ggml: Any) -> dict[str, int]:
         each = ggml.ggml_mul_mat_id(context, stack, tokens, chosen)
         e, sources = each.contents, (at(stack.contents), at(tokens.contents), at(chosen.contents))
         _expect((e.type, *e.ne, *e.src[:3]) == (_F32, 48, 2, 5, 1, *sources), "the product by experts")
-        query, cells = (ggml.ggml_new_tensor_3d(context, _F32, 64, rows, 4) for rows in (3, 256))
-        attention = ggml.ggml_flash_attn_ext(context, query, cells, cells, None, 1.0, 0.0, 0.0)
-        a, read = attention.contents, (at(query.contents), at(cells.contents))
-        _expect((a.type, *a.ne, *a.src[:2]) == (_F32, 64, 4, 3, 1, *read), "attention")
+        keys, values = (ggml.ggml_new_tensor_3d(context, _F16, width, 256, 2) for width in (64, 32))
+        query, mask = ggml.ggml_new_tensor_3d(context, _F32, 64, 3, 4), ggml.ggml_new_tensor_2d(context, _F16, 256, 64)
+        attention = ggml.ggml_flash_attn_ext(context, query, keys, values, mask, 0.5, 0.0, 0.0)
+        a, read = attention.contents, (at(tensor.contents) for tensor in (query, keys, values, mask))
+        _expect((a.type, *a.ne, *a.src[:5]) == (_F32, 32, 4, 3, 1, *read, None), "attention")
+        _expect(bytes(a.op_params)[:12] == struct.pack("3f", 0.5, 0.0, 0.0), "the parameters of attention")
         return {
             "MUL_MAT": p.op,
             "MUL_MAT_ID": e.op,
             "GET_ROWS": g.op,
             "FLASH_ATTN_EXT": a.op,
             "f32": _F32,
+            "f16": _F16,
             "i32": _I32,
         }
     finally:

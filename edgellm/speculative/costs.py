@@ -18,6 +18,7 @@ _CAUTIOUS_SLOPE = 0.9  # where nothing was measured at start
 _SCALE_RATE = 0.1
 _SHAPE_RATE = 0.01
 _ANSWERS = 32  # steps with more rows read prompts, and say nothing about the scale of those that do not
+_ENOUGH = 4  # steps of a width, until its time is no mere assumption
 _BELIEVED = 2.0  # a step that took more times as long as foreseen, or as much shorter, says no more than this
 
 
@@ -35,6 +36,12 @@ class StepCosts:
             last = max(last, seconds.get(width, last + first * slope * (width - before)))
             self._curve.append(last)
         self._scale = 1.0
+        self._seen = [_ENOUGH if width in seconds and measured else 0 for width in WIDTHS]
+
+    def uncertain(self, rows: int) -> bool:
+        """Whether steps of about so many rows have hardly been seen."""
+        lower, part = _between(rows)
+        return self._seen[lower + round(part)] < _ENOUGH
 
     def seconds(self, rows: int) -> float:
         """Of a step of `rows` rows, at least 1."""
@@ -51,6 +58,7 @@ class StepCosts:
         if rows <= _ANSWERS:
             self._scale *= 1 + _SCALE_RATE * (ratio - 1)
         lower, part = _between(rows)
+        self._seen[lower + round(part)] += 1
         curve = self._curve
         curve[lower] *= 1 + _SHAPE_RATE * (1 - part) * (ratio - 1)
         curve[lower + 1] *= 1 + _SHAPE_RATE * part * (ratio - 1)

@@ -121,9 +121,9 @@ class Lookup:
 
     def propose(self, wants: Sequence[Want]) -> list[Guess | None]:
         """What followed where the last tokens stood before."""
-        return [self._look_up(want.state, want.context[-LONGEST:], want.limit) for want in wants]
+        return [self._look_up(want.state, want.context[-LONGEST:], want) for want in wants]
 
-    def _look_up(self, state: _State, context: Sequence[int], limit: int) -> Guess | None:
+    def _look_up(self, state: _State, context: Sequence[int], want: Want) -> Guess | None:
         expected = state.prediction.find(context) if state.prediction is not None else []
         local = state.answer.find(context) + state.prompt.find(context)
         earlier = self.history.find(context) if self.history is not None else []
@@ -133,7 +133,30 @@ class Lookup:
         longest = max(match.length for match in found)
         best = [match for match in found if match.length == longest]
         source = 1 if best[0] in expected else 0 if best[0] in local else 2
-        return _follow(best, source, limit, state)
+        return self._follow(best, source, want)
+
+    def _follow(self, matches: list[Match], source: int, want: Want) -> Guess | None:
+        """Goes on from all places at once; those that do not go on as most of them do fall away."""
+        tokens: list[int] = []
+        evidence: list[Evidence] = []
+        chances: list[float] = []
+        together = 1.0
+        length = matches[0].length
+        places = [(match.text, match.place) for match in matches]
+        while len(tokens) < want.limit and together >= want.least:
+            going = [(text, place) for text, place in places if place < len(text) and text[place] != GAP]
+            if not going:
+                break
+            token, votes = going[0][0][going[0][1]], 1
+            if len(going) > 1:  # of those with equally many votes the first, which is the newest
+                token, votes = Counter([text[place] for text, place in going]).most_common(1)[0]
+            known = _evidence(min(LONGEST, length + len(tokens)), votes, len(going), source, want.state)
+            evidence.append(known)
+            chances.append(self.acceptance.probability(known))
+            together *= chances[-1]
+            tokens.append(token)
+            places = [(text, place + 1) for text, place in going if text[place] == token]
+        return Guess(tuple(tokens), tuple(evidence), tuple(chances)) if tokens else None
 
     def judge(self, state: _State, guess: Guess, fits: Sequence[bool]) -> None:
         """Learns how far such guesses can be trusted."""
@@ -152,25 +175,6 @@ class Lookup:
         if self.history is not None:
             self.history.clear()
         self.acceptance = Acceptance(_WEIGHTS)
-
-
-def _follow(matches: list[Match], source: int, limit: int, state: _State) -> Guess | None:
-    """Goes on from all places at once; those that do not go on as most of them do fall away."""
-    tokens: list[int] = []
-    evidence: list[Evidence] = []
-    length = matches[0].length
-    places = [(match.text, match.place) for match in matches]
-    while len(tokens) < limit:
-        going = [(text, place) for text, place in places if place < len(text) and text[place] != GAP]
-        if not going:
-            break
-        token, votes = going[0][0][going[0][1]], 1
-        if len(going) > 1:  # of those with equally many votes the first, which is the newest
-            token, votes = Counter(text[place] for text, place in going).most_common(1)[0]
-        evidence.append(_evidence(min(LONGEST, length + len(tokens)), votes, len(going), source, state))
-        tokens.append(token)
-        places = [(text, place + 1) for text, place in going if text[place] == token]
-    return Guess(tuple(tokens), tuple(evidence)) if tokens else None
 
 
 def _evidence(length: int, votes: int, voters: int, source: int, state: _State) -> Evidence:

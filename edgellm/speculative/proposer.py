@@ -27,6 +27,7 @@ class Guess:
 
     tokens: tuple[int, ...]
     evidence: tuple[Evidence, ...]  # of each token, for the proposer's `acceptance`
+    chances: tuple[float, ...]  # what that makes of it: that each token is accepted if those before it are
 
 
 @dataclass(frozen=True, slots=True)

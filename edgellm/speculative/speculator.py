@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgellm.speculative.costs import StepCosts
@@ -20,7 +20,14 @@ DRAFT_TOKENS = 15
 
 _LENGTHS = (2, 3, 4, 6, 8)  # drafts by the drafter that are weighed against each other
 _READING_ROWS = 16  # if it has more to read than this, that is the prompt
+_USUAL_TOKENS = 128.0  # of an answer, until some have been seen
+_LEAST_LEFT = 16.0  # that an answer longer than usual will still have
+_FORGETTING = 0.1
+_SURELY = 0.5  # a token with this part of the probability that would pay for its row is surely not worth looking up
 _EXPLORING = 0.01  # of all time may go into drafts that are not expected to pay: the expectation may be wrong
+
+_TRIED = (3, 7, 1)  # drafted tokens, for steps of widths that have not been seen
+_LIKELY = 0.5
 
 END = -1
 """Drawn where an answer ends: whatever was guessed for that place is wrong."""
@@ -54,7 +61,7 @@ class Line:
     known: int  # tokens of the context that the proposers have been told
     proposer: Proposer | None = None  # that made the guess of this step
     guess: Guess | None = None
-    chances: list[float] = field(default_factory=list)  # that each token is accepted if those before it are
+    chances: Sequence[float] = ()  # of its tokens
     drafted: int = 0  # tokens of the guess that are verified
 
 
@@ -89,6 +96,7 @@ class Speculator:
         self.stats = {proposer.name: ProposerStats() for proposer in self.all}
         self._steps_s = 0.0
         self._drafting_s = 0.0
+        self._usual_tokens = _USUAL_TOKENS
         self._target_calls = 0
         self._tokens = 0
         self.save: Callable[[], None] = lambda: None
@@ -105,6 +113,7 @@ class Speculator:
     def end(self, line: Line, context: Sequence[int]) -> None:
         """The answer is over. `context`: prompt and answer."""
         answer = context[len(line.prompt.tokens) :]
+        self._usual_tokens += _FORGETTING * (len(answer) - self._usual_tokens)
         for proposer in self.all:
             proposer.end(line.states[proposer.name], answer)
 
@@ -117,10 +126,11 @@ class Speculator:
         """
         for want in wanted:
             self._tell(want)
-        open_wants = [want for want in wanted if want.limit > 0]
-        for proposer in self.proposers:
-            self._ask(proposer, open_wants)
         self._step = _Step(len(wanted), rows, 0)
+        open_wants = [want for want in wanted if want.limit > 0]
+        least = _SURELY * self._row_s() * len(wanted) / self.costs.seconds(len(wanted))
+        for proposer in self.proposers:
+            self._ask(proposer, open_wants, least)
         room = room if self.costs.known else 0
         plan = self._share_out(wanted, room)
         if self.drafter is not None and room and open_wants:
@@ -130,6 +140,8 @@ class Speculator:
                 self._ask(self.drafter, asked, least)
                 self._spent(self.drafter.name, time.perf_counter() - started)
                 plan = self._share_out(wanted, room)
+        if room and not any(plan.counts):
+            self._try_a_width(wanted, plan, room)
         drafts: list[tuple[int, ...]] = []
         for want, count in zip(wanted, plan.counts, strict=True):
             guess = want.line.guess
@@ -141,6 +153,18 @@ class Speculator:
     def _share_out(self, wanted: Sequence[Draftable], room: int) -> Plan:
         chances = [want.line.chances for want in wanted]
         return share_out(chances, answers=len(wanted), rows=self._step.rows, room=room, seconds=self.costs.seconds)
+
+    def _try_a_width(self, wanted: Sequence[Draftable], plan: Plan, room: int) -> None:
+        """Where the time of wider steps is a mere assumption, some that are likely to bring something are tried."""
+        rows = self._step.rows
+        for count in _TRIED:
+            if count > room or not self.costs.uncertain(rows + count):
+                continue
+            for index, want in enumerate(wanted):
+                chances = want.line.chances[:count]
+                if len(chances) == count and expected_tokens(chances) > _LIKELY * count:
+                    plan.counts[index] = count
+                    return
 
     def _worth_drafting(
         self, drafter: Drafter, wanted: Sequence[Draftable], room: int, rate: float
@@ -162,8 +186,7 @@ class Speculator:
         pending = sum(outlooks[index].pending for index in better)
         reading_s = drafter.costs.seconds(pending)
         if pending > _READING_ROWS:  # once for all steps that follow
-            steps = min(wanted[index].limit_left for index in better) / _LENGTHS[0]
-            reading_s /= max(1.0, steps)
+            reading_s /= max(1.0, min(self._left(wanted[index]) for index in better) / _LENGTHS[0])
         best_rate = rate
         for length in _LENGTHS:
             chances = [want.line.chances for want in wanted]
@@ -180,10 +203,18 @@ class Speculator:
             best_rate = max(best_rate, plan.rate)
         if best_rate <= GAIN * rate and not self._may_explore(reading_s):
             return [], 0.0
-        rows, seconds = self._step.rows, self.costs.seconds
-        row_s = (seconds(rows + _LENGTHS[-1]) - seconds(rows)) / _LENGTHS[-1]
-        least = rate * (drafter.costs.seconds(len(better)) / len(better) + row_s)
+        least = rate * (drafter.costs.seconds(len(better)) / len(better) + self._row_s())
         return [wanted[index] for index in better], least
+
+    def _left(self, want: Draftable) -> float:
+        """Tokens that the answer will probably still have: as many as answers have had lately."""
+        so_far = len(want.context) - len(want.line.prompt.tokens)
+        return min(want.limit_left, max(_LEAST_LEFT, self._usual_tokens - so_far))
+
+    def _row_s(self) -> float:
+        """What a drafted token adds to the time of the step."""
+        rows, seconds = self._step.rows, self.costs.seconds
+        return (seconds(rows + _LENGTHS[-1]) - seconds(rows)) / _LENGTHS[-1]
 
     def _may_explore(self, reading_s: float) -> bool:
         """Whether asking costs so little, of all time so far, that it may be done to learn how good the drafter is."""
@@ -195,23 +226,22 @@ class Speculator:
 
     def _tell(self, want: Draftable) -> None:
         line = want.line
-        line.proposer, line.guess, line.chances = None, None, []
+        line.proposer, line.guess, line.chances = None, None, ()
         if line.known < len(want.context):
             new = want.context[line.known :]
             for proposer in self.all:
                 proposer.extend(line.states[proposer.name], new)
             line.known = len(want.context)
 
-    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable], least: float = 0.0) -> None:
+    def _ask(self, proposer: Proposer, wanted: Sequence[Draftable], least: float) -> None:
         """The guess from which the most is to be expected is the one that is kept."""
         wants = [Want(want.line.states[proposer.name], want.context, want.limit, least) for want in wanted]
         for want, guess in zip(wanted, proposer.propose(wants), strict=True):
             if guess is None:
                 continue
-            line, probability = want.line, proposer.acceptance.probability
-            chances = [probability(evidence) for evidence in guess.evidence]
-            if expected_tokens(chances) > expected_tokens(line.chances):
-                line.proposer, line.guess, line.chances = proposer, guess, chances
+            line = want.line
+            if expected_tokens(guess.chances) > expected_tokens(line.chances):
+                line.proposer, line.guess, line.chances = proposer, guess, guess.chances
 
     def judge(self, line: Line, drawn: Sequence[int]) -> None:
         """What the target drew in the step: one token or more, the last one END if it ends the answer. What was guessed

@@ -38,6 +38,9 @@ class Answer:
     text: str
     prompt_tokens: int
     completion_tokens: int
+    finish_reason: str = ""
+    accepted_tokens: int = 0  # drafted, and confirmed by the model
+    rejected_tokens: int = 0  # drafted in vain
 
     @property
     def ttft_s(self) -> float:
@@ -110,16 +113,13 @@ async def get(port: int, path: str, timeout_s: float = 30.0) -> tuple[int, bytes
 
 async def start_chat(port: int, model: str, messages: list[Message], max_tokens: int) -> Exchange:
     """Sends a greedy, streamed chat request that is answered with exactly `max_tokens` tokens."""
-    body = {
-        "model": model,
-        "messages": messages,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    return await start(port, encode_request("POST", "/v1/chat/completions", port, body))
+    fields = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    return await _start_stream(port, {"model": model, "messages": messages, **fields})
+
+
+async def _start_stream(port: int, body: dict[str, Any]) -> Exchange:
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    return await start(port, encode_request("POST", "/v1/chat/completions", port, streamed))
 
 
 async def finish_chat(exchange: Exchange, max_tokens: int, timeout_s: float = 600.0) -> Answer:
@@ -134,6 +134,13 @@ async def finish_chat(exchange: Exchange, max_tokens: int, timeout_s: float = 60
 async def chat(port: int, model: str, messages: list[Message], max_tokens: int) -> Answer:
     """start_chat and finish_chat in one."""
     return await finish_chat(await start_chat(port, model, messages, max_tokens), max_tokens)
+
+
+async def ask(port: int, body: dict[str, Any], timeout_s: float = 600.0) -> Answer:
+    """The streamed answer to a chat request that may end by itself, even at once. Raises HttpStatusError."""
+    exchange = await _start_stream(port, body)
+    await finish(exchange, timeout_s)
+    return parse_answer(exchange.sent_s, exchange.segments, may_be_empty=True)
 
 
 def parse_response(segments: list[tuple[float, bytes]]) -> tuple[int, list[tuple[float, bytes]]]:
@@ -154,7 +161,7 @@ def parse_response(segments: list[tuple[float, bytes]]) -> tuple[int, list[tuple
     status, position = int(words[1]), len(head) + 4
     if not any(line.lower().replace(b" ", b"") == b"transfer-encoding:chunked" for line in lines[1:]):
         return status, [(segments[-1][0], data[position:])]
-    blocks = []
+    blocks: list[tuple[float, bytes]] = []
     while True:
         line_end = data.find(b"\r\n", position)
         try:
@@ -186,15 +193,18 @@ def parse_events(blocks: list[tuple[float, bytes]]) -> list[tuple[float, str]]:
     return events
 
 
-def parse_answer(sent_s: float, segments: list[tuple[float, bytes]]) -> Answer:
-    """The chat answer in a recorded exchange. Raises HttpStatusError or BenchError."""
+def parse_answer(sent_s: float, segments: list[tuple[float, bytes]], *, may_be_empty: bool = False) -> Answer:
+    """The chat answer in a recorded exchange. Raises HttpStatusError or BenchError.
+
+    An empty answer, where there may be one, counts as a piece of no text that came with its end.
+    """
     if not segments:
         raise BenchError("the server closed the connection without an answer")
     status, blocks = parse_response(segments)
     if status != 200:
         raise HttpStatusError(status, b"".join(block for _, block in blocks))
     times_s: list[float] = []
-    text, usage = "", None
+    text, reason, usage, drafts = "", "", None, (0, 0)
     for arrival_s, data in parse_events(blocks):
         if data == "[DONE]":
             continue
@@ -202,10 +212,24 @@ def parse_answer(sent_s: float, segments: list[tuple[float, bytes]]) -> Answer:
         if "error" in chunk:
             raise BenchError(f"error in mid-stream: {chunk['error']}")
         usage = chunk.get("usage") or usage
+        drafts = _drafts(chunk) or drafts
+        reason = "".join(choice.get("finish_reason") or "" for choice in chunk["choices"]) or reason
         piece = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
         if piece:
             times_s.append(arrival_s)
             text += piece
-    if not times_s or usage is None:
+    if usage is None or not (times_s or may_be_empty):
         raise BenchError("the stream held no text or no usage")
-    return Answer(sent_s, tuple(times_s), text, usage["prompt_tokens"], usage["completion_tokens"])
+    times = tuple(times_s) or (segments[-1][0],)
+    return Answer(sent_s, times, text, usage["prompt_tokens"], usage["completion_tokens"], reason, *drafts)
+
+
+def _drafts(chunk: dict[str, Any]) -> tuple[int, int] | None:
+    """Drafted tokens (accepted, rejected): OpenAI's counts, or llama-server's. None if the chunk has neither."""
+    if timings := chunk.get("timings"):
+        accepted = timings.get("draft_n_accepted", 0)
+        return accepted, timings.get("draft_n", 0) - accepted
+    details = (chunk.get("usage") or {}).get("completion_tokens_details")
+    if details:
+        return details.get("accepted_prediction_tokens", 0), details.get("rejected_prediction_tokens", 0)
+    return None

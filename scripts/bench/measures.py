@@ -58,6 +58,16 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Load:
+    """Seconds that some requests took, and processor seconds meanwhile."""
+
+    wall_s: float
+    server_cpu_s: float
+    client_cpu_s: float  # of this script
+    others_cpu_s: float  # of everything else on the machine
+
+
+@dataclass(frozen=True)
 class SecondTurn:
     """TTFT of the second turn of a conversation, and of the same prompt in a conversation never seen before."""
 
@@ -205,24 +215,30 @@ async def measure_cell(server: RunningServer, model: str, workload: Workload, cl
         ]
 
     loop_before = await engine_seconds(server.port)
-    machine_s, server_cpu_s, client_cpu_s = machine_cpu_s(), server.cpu_s(), time.process_time()
-    start_s = time.perf_counter()
-    answers = list(itertools.chain.from_iterable(await asyncio.gather(*map(one_client, range(clients)))))
-    wall_s = time.perf_counter() - start_s
-    client_cpu_s, server_cpu_s = time.process_time() - client_cpu_s, server.cpu_s() - server_cpu_s
-    machine_s = machine_cpu_s() - machine_s
+    found, load = await under_load(server, asyncio.gather(*map(one_client, range(clients))))
+    answers = list(itertools.chain.from_iterable(found))
     return Cell(
-        total_tokens_per_s=sum(answer.completion_tokens for answer in answers) / wall_s,
+        total_tokens_per_s=sum(answer.completion_tokens for answer in answers) / load.wall_s,
         stream_tokens_per_s=statistics.median(answer.stream_tokens_per_s for answer in answers),
         ttft_s=tuple(answer.ttft_s for answer in answers),
         prompt_tokens=tuple(answer.prompt_tokens for answer in answers),
-        wall_s=wall_s,
-        server_cpu_s=server_cpu_s,
-        client_cpu_s=client_cpu_s,
-        others_cpu_s=max(0.0, machine_s - server_cpu_s - client_cpu_s),
+        wall_s=load.wall_s,
+        server_cpu_s=load.server_cpu_s,
+        client_cpu_s=load.client_cpu_s,
+        others_cpu_s=load.others_cpu_s,
         outside_decode=_outside_decode(loop_before, await engine_seconds(server.port)),
         texts=tuple(answer.text for answer in answers),
     )
+
+
+async def under_load(server: RunningServer, work: Awaitable[_T]) -> tuple[_T, Load]:
+    """What `work` gives, and who used the processor until it did."""
+    machine_s, server_s, client_s = machine_cpu_s(), server.cpu_s(), time.process_time()
+    start_s = time.perf_counter()
+    found = await work
+    wall_s = time.perf_counter() - start_s
+    client_s, server_s = time.process_time() - client_s, server.cpu_s() - server_s
+    return found, Load(wall_s, server_s, client_s, max(0.0, machine_cpu_s() - machine_s - server_s - client_s))
 
 
 async def engine_seconds(port: int) -> tuple[float, float] | None:

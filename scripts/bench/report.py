@@ -63,7 +63,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _spread(ratios: list[float]) -> str:
+def spread(ratios: Sequence[float]) -> str:
+    """Median and range; a dash if there are none."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-"
 
 
@@ -81,10 +82,10 @@ def throughput_table(results: Results) -> str:
                     str(clients),
                     name,
                     f"{median_of(rounds, speed):.1f}",
-                    _spread(paired_ratios(results, speed)) if name == OURS else "",
+                    spread(paired_ratios(results, speed)) if name == OURS else "",
                     f"{median_of(rounds, at(clients, stream_speed)):.1f}",
                     f"{median_of(rounds, ttft_s) * 1e3:.0f}",
-                    _spread(paired_ratios(results, ttft_s)) if name == OURS else "",
+                    spread(paired_ratios(results, ttft_s)) if name == OURS else "",
                     f"{percentile([one for cell in cells for one in cell.ttft_s], 0.95) * 1e3:.0f}",
                     f"{sum(cell.server_cpu_s for cell in cells) / wall_s:.2f}",
                     f"{sum(cell.client_cpu_s for cell in cells) / wall_s:.3f}",
@@ -157,7 +158,7 @@ def further_table(results: Results) -> str:
     rows = []
     for _, label, number, decimals in _further_measures():
         values = [f"{median_of(rounds, number):.{decimals}f}" for rounds in results.values()]
-        rows.append([label, *values, _spread(paired_ratios(results, number))])
+        rows.append([label, *values, spread(paired_ratios(results, number))])
     return table(["measure (median of rounds)", *results, "ratio (range)"], rows)
 
 

@@ -156,7 +156,8 @@ def bench(
     """Measure how fast this machine reads prompts and generates tokens, for 1 to 8 answers at a time."""
     from serving.cli.bench import run_bench
 
-    settings = load_settings(model=(model,) if model else None, threads=threads, log_level="error")
+    # Made-up prompts repeat themselves: drafts would measure that.
+    settings = load_settings(model=(model,) if model else None, threads=threads, draft="none", log_level="error")
     run_bench(settings, prompt_tokens=prompt_tokens, tokens=tokens, rounds=rounds, as_json=as_json)
 
 

@@ -69,7 +69,7 @@ class _Picks:
         self._turn += 1
         whole = self._pick[self._turn % len(self._pick)]
         tokens = whole[len(want.context) - len(PROMPT) :][: want.limit]
-        return Guess(tokens, ((),) * len(tokens)) if tokens else None
+        return Guess(tokens, ((),) * len(tokens), (0.99,) * len(tokens)) if tokens else None
 
     def judge(self, _state: None, _guess: Guess, _fits: Sequence[bool]) -> None:
         pass

@@ -63,7 +63,7 @@ class _Knows:
     def _guess(self, context: Sequence[int], limit: int) -> Guess | None:
         start = len(context)
         guesses = self.tokens(start, limit)
-        return Guess(tuple(guesses), ((),) * len(guesses)) if guesses else None
+        return Guess(tuple(guesses), ((),) * len(guesses), (0.99,) * len(guesses)) if guesses else None
 
     def tokens(self, start: int, limit: int) -> list[int]:
         guesses = self.whole[start : start + limit]

@@ -8,7 +8,7 @@ import pytest
 
 from edgellm import _kernels
 from edgellm.config import Settings
-from edgellm.engine import loaded
+from edgellm.engine import fit, loaded
 from edgellm.models.describe import describe
 from tests.support.tiny_gguf import write_tiny_llama
 
@@ -44,7 +44,7 @@ def test_not_if_there_is_nothing_to_pack(tmp_path: Path) -> None:
 
 
 def test_not_without_memory_for_all_of_it(quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded, "available_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 1 << 20)
     assert packed_share(quantised, Settings()) == 0
 
 

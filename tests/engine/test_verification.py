@@ -109,7 +109,7 @@ class _Random:
             else int(self._random.integers(0, self._n_tokens))
             for place in range(len(context), len(context) + count)
         ]
-        return Guess(tuple(tokens), ((),) * count) if tokens else None
+        return Guess(tuple(tokens), ((),) * count, (0.95,) * count) if tokens else None
 
     def judge(self, _state: None, guess: Guess, fits: Sequence[bool]) -> None:
         assert 1 <= len(fits) <= len(guess.tokens)
