@@ -16,7 +16,7 @@ from edgellm.tune.packing import assign
 from edgellm.tune.schedule import learning_rate_at, step_examples
 from edgellm.tune.soft_loss import soft_losses
 
-_PACK_TOKENS = 1024
+_PACK_TOKENS = 512  # what layers keep for the backward pass goes with it
 _CLIP = 1.0  # of the gradient's norm
 
 
