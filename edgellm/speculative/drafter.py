@@ -16,7 +16,7 @@ import numpy as np
 
 from edgellm.backend.batch import Batch
 from edgellm.backend.context import Context, Floats
-from edgellm.backend.model import Model
+from edgellm.backend.model import Adapter, Model
 from edgellm.speculative.acceptance import Acceptance
 from edgellm.speculative.bridge import Bridge, Mapped, Way
 from edgellm.speculative.costs import StepCosts
@@ -83,6 +83,7 @@ class Drafter:
         self._batch = Batch(BATCH_TOKENS)
         self._holders: list[_State | None] = [None] * SEQUENCES
         self._turn = 0
+        self._adapter: Adapter | None = None
 
     # --- one answer -----------------------------------------------------------------------------------------------
 
@@ -121,6 +122,20 @@ class Drafter:
         self.acceptance, self.chance = Acceptance(_WEIGHTS), _CHANCE
         self.bridge.cache.clear()
 
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Drafts with `adapter`, loaded for `model`, from now on, or without any. It belongs to the drafter then, and
+        the one before is closed. Answers under way are read anew, for cells hold what was computed without it.
+
+        Raises BackendError, with everything as it was.
+        """
+        self.context.set_adapters([] if adapter is None else [(adapter, 1.0)])
+        for holder in self._holders:
+            if holder is not None:
+                self._leave(holder)
+        before, self._adapter = self._adapter, adapter
+        if before is not None and before is not adapter:
+            before.close()
+
     # --- drafting -------------------------------------------------------------------------------------------------
 
     def propose(self, wants: Sequence[Want]) -> list[Guess | None]:
@@ -157,6 +172,7 @@ class Drafter:
         return _Run(want, state, list(tokens[start:]), start)
 
     def _compute(self, runs: Sequence[_Run]) -> list[tuple[_Run, Floats]]:
+        self._read(runs)
         batch = self._batch
         batch.clear()
         rows = []
@@ -166,6 +182,17 @@ class Drafter:
             rows.append(batch.n_tokens - 1)
         self.context.decode(batch)
         return [(run, self.context.logits(row)) for run, row in zip(runs, rows, strict=True)]
+
+    def _read(self, runs: Sequence[_Run]) -> None:
+        """Computes so much of what the answers have to read that one step has room for the rest."""
+        batch, most = self._batch, BATCH_TOKENS // len(runs)
+        for run in runs:
+            while (excess := min(len(run.feed) - most, BATCH_TOKENS)) > 0:
+                batch.clear()
+                batch.extend(run.feed[:excess], run.position, run.state.sequence, outputs=0)
+                self.context.decode(batch)
+                run.position += excess
+                run.feed = run.feed[excess:]
 
     def _go_on(self, run: _Run, logits: Floats) -> bool:
         """Takes the likeliest token; whether another is worth it."""
@@ -203,8 +230,10 @@ class Drafter:
         state.sequence, state.cached, state.drafted, state.transcript = -1, 0, [], None
 
     def close(self) -> None:
-        """Frees context and model."""
+        """Frees context, adapter and model."""
         self.context.close()
+        if self._adapter is not None:
+            self._adapter.close()
         self.model.close()
 
 

@@ -45,12 +45,12 @@ class _Losses(torch.autograd.Function):
         losses, correct = torch.empty(len(hidden)), torch.empty(len(hidden), dtype=torch.bool)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = _logits(hidden[part], head)
+            logits = chunk_logits(hidden[part], head)
             kernels().losses(
                 array(logits), array(targets[part]), array(losses[part]), array(correct[part]), gradient=wanted
             )
             if gradient is not None:
-                gradient[part] = _gradient(logits, head)
+                gradient[part] = input_gradient(logits, head)
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(gradient)
         return losses, correct
@@ -61,7 +61,7 @@ class _Losses(torch.autograd.Function):
         return (kept * gradient[:, None]).to(kept.dtype), None, None, None, None
 
 
-def _logits(hidden: Tensor, head: Matrix) -> Tensor:
+def chunk_logits(hidden: Tensor, head: Matrix) -> Tensor:
     """The logits of a chunk, (tokens, vocabulary), in hidden's type."""
     logits = hidden.new_empty(len(hidden), head.rows)
     for start in range(0, head.rows, _BLOCK_ROWS):
@@ -70,7 +70,7 @@ def _logits(hidden: Tensor, head: Matrix) -> Tensor:
     return logits
 
 
-def _gradient(by_logits: Tensor, head: Matrix) -> Tensor:
+def input_gradient(by_logits: Tensor, head: Matrix) -> Tensor:
     """by_logits @ head, (tokens, width), summed as float32."""
     result = torch.zeros(len(by_logits), head.columns)
     for start in range(0, head.rows, _BLOCK_ROWS):
