@@ -100,7 +100,7 @@ class Speculator:
         self._target_calls = 0
         self._tokens = 0
         self.prepare: Callable[[], None] = lambda: None
-        """On the engine thread, before the first answer: measures step times that are not known. Raises BackendError."""
+        """On the engine thread, before the first answer: measures step times not known yet. Raises BackendError."""
         self.save: Callable[[], None] = lambda: None
         """Keeps on disk what was learned."""
         self._step = _Step(1, 1, 0)
