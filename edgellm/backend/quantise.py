@@ -39,5 +39,8 @@ def _quantise_chunk() -> Any:
     """`ggml_quantize_chunk` (ggml.h): type, source, target, first element, rows, columns, importance."""
     function = lib()._lib.ggml_quantize_chunk
     whole, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes, function.restype = (ctypes.c_int, pointer, pointer, whole, whole, whole, pointer), ctypes.c_size_t
+    function.argtypes, function.restype = (
+        (ctypes.c_int, pointer, pointer, whole, whole, whole, pointer),
+        ctypes.c_size_t,
+    )
     return function

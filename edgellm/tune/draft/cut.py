@@ -60,10 +60,10 @@ def cut_model(source: Path, target: Path, *, layers: Sequence[int], vocabulary: 
             raise ModelUnsupportedError(f"{source.name}: it has tokens that its embedding lacks")
         keys |= cut.keys
     chosen = list(_chosen(header, layers))
-    new = [
-        NewTensor(name, info.dims if rows is None or name not in _OF_VOCABULARY else (info.dims[0], len(rows)), info.type)
-        for name, info in chosen
-    ]
+    new = []
+    for name, info in chosen:
+        dims = info.dims if rows is None or name not in _OF_VOCABULARY else (info.dims[0], len(rows))
+        new.append(NewTensor(name, dims, info.type))
     data = np.memmap(source, np.uint8, "r")
     with temporary_beside(target) as temporary:
         with temporary.open("wb") as file:

@@ -119,7 +119,9 @@ class Distiller:
         order = np.random.default_rng((self.course.seed, epoch)).permutation(len(self._train))
         return self._in_packs(self._train, order)
 
-    def _in_packs(self, samples: Sequence[Sample], order: Sequence[int] | np.typing.NDArray[np.int64]) -> list[list[Sample]]:
+    def _in_packs(
+        self, samples: Sequence[Sample], order: Sequence[int] | np.typing.NDArray[np.int64]
+    ) -> list[list[Sample]]:
         """In this order, as many in a pack as fit; at least one."""
         packs: list[list[Sample]] = []
         room = 0

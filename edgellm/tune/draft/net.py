@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
+from edgellm.backend.quantise import quantise
 from edgellm.errors import StorageError
 from edgellm.models.files import publish, temporary_beside
 from edgellm.models.ggml_types import FILE_TYPES, GGML_TYPES, GGMLType
@@ -23,6 +24,7 @@ from edgellm.tune.prefix_tree import Packed
 from edgellm.tune.weights import BaseWeights
 
 _F32 = GGML_TYPES[0]
+_FILE_TYPES = {name: code for code, name in FILE_TYPES.items()}
 _FACTORS = "rope_freqs.weight"  # is not trained
 
 
@@ -36,8 +38,10 @@ class Net:
         self.weights: dict[str, Tensor] = {}
         for info in read_header(path).tensors:
             name = info.name
-            found = base.vector(name) if len(info.dims) == 1 else base.matrix(name).expand(torch.float32)
-            self.weights[name] = found.requires_grad_(name != _FACTORS)
+            matrix = len(info.dims) == 2
+            found: Tensor | None = base.matrix(name).expand(torch.float32) if matrix else base.vector(name)
+            if found is not None:
+                self.weights[name] = found.requires_grad_(name != _FACTORS)
         self._head = self.weights.get("output.weight", self.weights["token_embd.weight"])
 
     def parameters(self) -> list[Tensor]:
@@ -92,8 +96,6 @@ class Net:
 
         Raises StorageError.
         """
-        from edgellm.backend.quantise import quantise
-
         header = read_header(self._path)
         new, parts = [], []
         for info in header.tensors:
@@ -102,7 +104,7 @@ class Net:
             new.append(NewTensor(info.name, info.dims, kind if matrix else _F32))
             parts.append((quantise(kind, data) if matrix else data.astype("<f4", copy=False)).tobytes())
         keys: dict[str, Numbers | tuple[str, ...] | str] = {"general.name": name}
-        keys |= {"general.file_type": Numbers("uint32", code) for code, one in FILE_TYPES.items() if one == kind.name}
+        keys["general.file_type"] = Numbers("uint32", _FILE_TYPES[kind.name])
         try:
             with temporary_beside(path) as temporary:
                 with temporary.open("wb") as file:
