@@ -115,7 +115,7 @@ def _follow(drafter: Drafter, row: Row, sums: _Sums) -> None:
         if guess is not None:
             fits = [drafted == true for drafted, true in zip(guess.tokens, answer[at:], strict=False)]
             count = fits.index(False) if False in fits else len(fits)
-            sums.drafted += len(guess.tokens)
+            sums.drafted += len(fits)  # what goes beyond the answer is neither right nor wrong
             if fits:
                 drafter.judge(state, guess, fits[: count + 1])
         drawn = answer[at : at + count + 1]
