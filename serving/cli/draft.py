@@ -51,6 +51,12 @@ def make(
         str | None, typer.Option("--time", help="Most time for training (20m, 8h): less is trained if need be.")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
+    softness: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="How much what else the target might have written counts, beside what it wrote. 0: not."
+        ),
+    ] = 0.5,
     answer_tokens: Annotated[int, typer.Option(min=1, max=8192, help="Most tokens the target answers with.")] = 256,
     low_priority: Annotated[bool, typer.Option(help="Whether everything else on the machine goes first.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of the answers, and which are held out.")] = 0,
@@ -77,6 +83,7 @@ def make(
         epochs=epochs,
         time=time,
         learning_rate=learning_rate,
+        softness=softness,
         answer_tokens=answer_tokens,
         low_priority=low_priority,
         seed=seed,

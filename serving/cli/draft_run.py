@@ -49,6 +49,7 @@ class DraftRequest:
     epochs: int
     time: str | None
     learning_rate: float
+    softness: float
     answer_tokens: int
     low_priority: bool
     seed: int
@@ -80,6 +81,7 @@ class DraftRequest:
             epochs=self.epochs,
             time_s=None if time_s == math.inf else time_s,
             learning_rate=self.learning_rate,
+            softness=self.softness,
             answer_tokens=self.answer_tokens,
             low_priority=self.low_priority,
             seed=self.seed,
@@ -170,6 +172,8 @@ def told(event: Event) -> Iterator[str]:
             yield f"cut: layers {layers}, {event['vocabulary']:,} tokens, {millions:.1f} million parameters"
         case "answers":
             yield f"the target has answered {event['done']} of {event['total']}"
+        case "read":
+            yield f"the target has read {event['done']} of {event['total']} answers"
         case "data":
             train = f"{event['train_answers']} answers to learn ({event['train_tokens']:,} tokens)"
             yield f"{train}, {event['held_answers']} held out ({event['held_tokens']:,})"

@@ -32,6 +32,7 @@ class Course:
     pack_tokens: int = 2048  # of a step
     learning_rate: float = 6e-4
     decay: float = 0.05
+    softness: float = 0.0  # the part of the loss that what the target might have written has
     seed: int = 0
 
 
@@ -140,7 +141,11 @@ class Distiller:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         packed, places, targets = _lay_out(chosen)
-        loss = F.cross_entropy(self.net.logits(packed, places), targets)
+        guesses = self.net.logits(packed, places).log_softmax(1)
+        losses = F.nll_loss(guesses, targets, reduction="none")
+        if self.course.softness:
+            losses = _softened(losses, guesses, chosen, self.course.softness)
+        loss = losses.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), _CLIP)
         self._optimiser.step()
@@ -155,6 +160,31 @@ def _height(share: float, step: float) -> float:
         return min(1.0, (share + step) / _WARM_UP)
     part = (share - _WARM_UP) / (1 - _WARM_UP)
     return _LAST + (1 - _LAST) * (1 + math.cos(math.pi * part)) / 2
+
+
+def _softened(losses: Tensor, guesses: Tensor, chosen: Sequence[Sample], softness: float) -> Tensor:
+    """`losses`, (places,), with those mixed in of the places whose token might have been another.
+
+    guesses: log p, (places, vocabulary).
+    """
+    rows: list[int] = []
+    places, tokens, shares = [], [], []
+    first = 0
+    for sample in chosen:
+        if sample.soft is not None:
+            for place, others, parts in zip(sample.soft.places, sample.soft.tokens, sample.soft.shares, strict=True):
+                row = first + place - sample.start
+                rows.append(row)
+                places += [row] * len(others)
+                tokens += others
+                shares += parts
+        first += len(sample.tokens) - sample.start
+    if not rows:
+        return losses
+    where = torch.tensor(places)
+    soft = torch.zeros_like(losses).index_add(0, where, -torch.tensor(shares) * guesses[where, torch.tensor(tokens)])
+    mixed = torch.zeros_like(losses).index_fill(0, torch.tensor(rows), softness)
+    return losses + mixed * (soft - losses)
 
 
 def _lay_out(chosen: Sequence[Sample]) -> tuple[Packed, Tensor, Tensor]:

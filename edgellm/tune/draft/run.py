@@ -26,6 +26,7 @@ from edgellm.tune.draft.measure import measure_drafter, measure_target
 from edgellm.tune.draft.net import Net
 from edgellm.tune.draft.samples import Row, Sample, hold_out, make_sample, read_rows
 from edgellm.tune.draft.spec import DraftSpec
+from edgellm.tune.draft.teacher import Teacher, soften_all
 
 Report = Callable[[dict[str, Any]], None]
 ANSWERS = ".answers.jsonl"
@@ -51,7 +52,7 @@ def make_drafter(spec: DraftSpec, report: Report, stop: threading.Event) -> None
         if stop.is_set():
             report({"event": "stopped"})
             return
-        parts = _samples(rows, cut, vocabulary, spec)
+        parts = _samples(rows, cut, vocabulary, spec, report, stop)
         report(_told(parts))
         first, best, net = _train(spec, cut, parts, report, stop)
         net.save(output, next(one for one in GGML_TYPES.values() if one.name == spec.type), name=output.stem)
@@ -98,17 +99,39 @@ class _Parts:
     held_rows: list[Row]
 
 
-def _samples(rows: list[Row], cut: Path, target: VocabFile, spec: DraftSpec) -> _Parts:
+def _samples(
+    rows: list[Row], cut: Path, target: VocabFile, spec: DraftSpec, report: Report, stop: threading.Event
+) -> _Parts:
     drafter = VocabFile(cut)
     try:
         bridge = Bridge(drafter.vocab, target.vocab, NgramCache())
         found = [(row, sample) for row in rows if (sample := make_sample(bridge, row.prompt, row.answer))]
+        if len(found) < 2:
+            raise TrainingDataError([(0, "has fewer than two answers to learn")], "data")
+        train, held = hold_out(len(found), spec.held_share, spec.seed)
+        samples = [found[one][1] for one in train]
+        if spec.softness:
+            samples = _soften(bridge, [found[one][0] for one in train], samples, spec, report, stop)
     finally:
         drafter.close()
-    if len(found) < 2:
-        raise TrainingDataError([(0, "has fewer than two answers to learn")], "data")
-    train, held = hold_out(len(found), spec.held_share, spec.seed)
-    return _Parts([found[one][1] for one in train], [found[one][1] for one in held], [found[one][0] for one in held])
+    return _Parts(samples, [found[one][1] for one in held], [found[one][0] for one in held])
+
+
+def _soften(
+    bridge: Bridge, rows: list[Row], samples: list[Sample], spec: DraftSpec, report: Report, stop: threading.Event
+) -> list[Sample]:
+    teacher = Teacher(Path(spec.target), threads=spec.threads)
+    try:
+        return soften_all(
+            bridge,
+            rows,
+            samples,
+            teacher,
+            report=lambda done, total: report({"event": "read", "done": done, "total": total}),
+            stopped=stop.is_set,
+        )
+    finally:
+        teacher.close()
 
 
 def _told(parts: _Parts) -> dict[str, Any]:
@@ -128,6 +151,7 @@ def _train(spec: DraftSpec, cut: Path, parts: _Parts, report: Report, stop: thre
         time_s=spec.time_s or math.inf,
         pack_tokens=spec.pack_tokens,
         learning_rate=spec.learning_rate,
+        softness=spec.softness,
         seed=spec.seed,
     )
     distiller = Distiller(net, parts.train, parts.held, course)

@@ -29,11 +29,21 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Soft:
+    """Places in a sample whose token might as well have been another: these tokens, with these shares."""
+
+    places: list[int]
+    tokens: list[list[int]]
+    shares: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """Drafter tokens, and where the answer begins: what is before it is read, and not learned."""
 
     tokens: list[int]
     start: int  # at least 1
+    soft: Soft | None = None
 
 
 def read_rows(path: Path, vocabulary: int) -> list[Row]:

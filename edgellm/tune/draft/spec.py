@@ -37,6 +37,7 @@ class DraftSpec:
     time_s: float | None = None  # of training; less is trained if need be
     learning_rate: float = 1e-3
     pack_tokens: int = 1024  # of a step
+    softness: float = 0.5  # the part of the loss that what the target might have written has; 0: it is not asked
     held_share: float = 0.1  # of the answers are measured on, and not learned
     answer_tokens: int = 256  # most that the target writes where the data have no answer
     measured_answers: int = 32  # of those held out, through the real drafter
@@ -57,6 +58,8 @@ class DraftSpec:
             raise ConfigError(f"layers are chosen as {', '.join(get_args(Choice))}, not as {self.choice!r}")
         if self.type not in TYPES:
             raise ConfigError(f"weights are written as {', '.join(TYPES)}, not as {self.type!r}")
+        if not 0 <= self.softness <= 1:
+            raise ConfigError(f"softness must be between 0 and 1, not {self.softness!r}")
         if not 0 < self.held_share < 1:
             raise ConfigError(f"held_share must be between 0 and 1, not {self.held_share!r}")
 

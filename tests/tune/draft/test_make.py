@@ -57,7 +57,7 @@ def _make(spec: DraftSpec, stop: threading.Event | None = None) -> list[dict[str
 def test_a_drafter_learns_what_the_target_says(files: dict[str, Path]) -> None:
     events = _make(_spec(files))
     assert [event["event"] for event in events if event["event"] != "look"] == [
-        "cut", "data", "measured", "measured", "measured", "done",
+        "cut", "read", "data", "measured", "measured", "measured", "done",
     ]  # fmt: skip
     done = events[-1]
     assert done["drafter"]["acceptance"] > 0.5 > 0.2 > done["cut"]["acceptance"]
@@ -116,7 +116,7 @@ def test_data_that_cannot_be_used(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     "more",
     [{"layers": 0}, {"epochs": 0}, {"learning_rate": 0.0}, {"time_s": -1.0}, {"type": "F16"}, {"choice": "some"},
-     {"held_share": 1.0}],
+     {"held_share": 1.0}, {"softness": 1.5}],
 )  # fmt: skip
 def test_specifications_that_make_no_run(files: dict[str, Path], more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -208,7 +208,8 @@ def test_without_torch_it_says_what_to_install(files: dict[str, Path], monkeypat
     monkeypatch.setattr(draft_run, "torch_missing", lambda: True)
     request = draft_run.DraftRequest(
         source=None, target="", data=files["data"], output=files["output"], layers=2, choice="even", vocabulary=0,
-        weights="Q8_0", epochs=1, time=None, learning_rate=1e-3, answer_tokens=8, low_priority=True, seed=0, threads=1,
+        weights="Q8_0", epochs=1, time=None, learning_rate=1e-3, softness=0.5, answer_tokens=8,
+        low_priority=True, seed=0, threads=1,
     )  # fmt: skip
     with pytest.raises(EdgeLLMError, match=r"pip install 'edgellm\[tune\]'"):
         draft_run.run_make(request, as_json=False)
