@@ -56,7 +56,7 @@ def make(
         typer.Option(
             min=0, max=1, help="How much what else the target might have written counts, beside what it wrote. 0: not."
         ),
-    ] = 0.5,
+    ] = 0.0,
     answer_tokens: Annotated[int, typer.Option(min=1, max=8192, help="Most tokens the target answers with.")] = 256,
     low_priority: Annotated[bool, typer.Option(help="Whether everything else on the machine goes first.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of the answers, and which are held out.")] = 0,

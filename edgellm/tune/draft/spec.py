@@ -37,7 +37,7 @@ class DraftSpec:
     time_s: float | None = None  # of training; less is trained if need be
     learning_rate: float = 1e-3
     pack_tokens: int = 1024  # of a step
-    softness: float = 0.5  # the part of the loss that what the target might have written has; 0: it is not asked
+    softness: float = 0.0  # the part of the loss that what the target might have written has; 0: it is not asked
     held_share: float = 0.1  # of the answers are measured on, and not learned
     answer_tokens: int = 256  # most that the target writes where the data have no answer
     measured_answers: int = 32  # of those held out, through the real drafter
