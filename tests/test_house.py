@@ -61,6 +61,7 @@ def test_llama_cpp_is_pinned_to_the_version_that_the_backend_expects() -> None:
         ("serving.cli.app", {"llama_cpp", "fastapi", "uvicorn", "torch", "huggingface_hub"}),
         ("serving.cli.serve", {"torch", "transformers", "peft", "huggingface_hub"}),
         ("edgellm.tune.architecture", {"llama_cpp", "torch", "transformers", "peft"}),
+        ("serving.cli.draft_run", {"torch", "transformers", "peft", "fastapi"}),
     ],
 )
 def test_imports_stay_light(module: str, unwanted: set[str]) -> None:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from edgellm.models.ggml_types import GGMLType
 from edgellm.models.gguf import GGUFHeader
 
-_CODES = {"uint8": (0, "B"), "uint32": (4, "I"), "float32": (6, "f"), "uint64": (10, "Q")}
+_CODES = {"uint8": (0, "B"), "uint32": (4, "I"), "int32": (5, "i"), "float32": (6, "f"), "uint64": (10, "Q")}
 _STRING, _ARRAY = 8, 9
 
 
@@ -32,7 +32,7 @@ class NewTensor:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A value for a key: one number, or an array of them. `kind` is uint8, uint32, uint64 or float32."""
+    """A value for a key: one number, or an array of them. `kind` is uint8, uint32, int32, uint64 or float32."""
 
     kind: str
     values: tuple[int, ...] | tuple[float, ...] | int | float

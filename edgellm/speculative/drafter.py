@@ -29,10 +29,12 @@ SEQUENCES = 4
 CELLS = 768
 """Tokens of an answer that a drafter has before it, at most."""
 
+READ_TOKENS = 256
+"""Of a prompt, from its end, in the target's tokens."""
+
 BATCH_TOKENS = 512
 """Rows of a drafter's step."""
 
-_READ_TOKENS = 256  # of a prompt, from its end, in the target's tokens
 _FORGETTING = 0.1
 _CHANCE = 0.6  # that a token is accepted, until it is known
 _MOST_DRAFTED = 24  # drafter tokens: they may be shorter than the target's
@@ -107,7 +109,7 @@ class Drafter:
         """What a guess would take and bring."""
         chance = min(0.95, max(0.05, self.chance + state.record))
         if state.transcript is None or state.sequence < 0:
-            return Outlook(min(len(context), _READ_TOKENS), chance)
+            return Outlook(min(len(context), READ_TOKENS), chance)
         return Outlook(max(1, len(state.transcript.tokens) - state.cached), chance)
 
     def judge(self, state: _State, guess: Guess, fits: Sequence[bool]) -> None:
@@ -162,9 +164,9 @@ class Drafter:
             self._leave(state)  # and reads the end of it anew
         if state.sequence < 0:
             self._enter(state)
-            state.transcript = Transcript(self.bridge, want.context[-_READ_TOKENS:])
+            state.transcript = Transcript(self.bridge, want.context[-READ_TOKENS:])
             if len(state.transcript.tokens) + _MOST_DRAFTED > CELLS:
-                state.transcript = Transcript(self.bridge, want.context[-_READ_TOKENS // 8 :])
+                state.transcript = Transcript(self.bridge, want.context[-READ_TOKENS // 8 :])
         tokens = state.transcript.tokens  # type: ignore[union-attr]
         start = max(0, min(state.cached, len(tokens) - 1))
         self.context.remove(state.sequence, start)

@@ -9,6 +9,7 @@ import typer
 
 from edgellm import __version__
 from edgellm.config import load_settings
+from serving.cli.draft import draft_app
 from serving.cli.models import models_app
 from serving.cli.moe import moe_app
 from serving.cli.options import setting
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(draft_app, name="draft")
 app.add_typer(models_app, name="models")
 app.add_typer(moe_app, name="moe")
 app.add_typer(spec_app, name="spec")

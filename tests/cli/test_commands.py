@@ -12,7 +12,7 @@ from tests.serving.server import run_edgellm, serving
 from tests.support.tiny_gguf import write_tiny_llama
 
 COMMANDS = [(), ("serve",), ("chat",), ("bench",), ("models",)]
-COMMANDS += [("tune",), ("tune", "plan")]
+COMMANDS += [("tune",), ("tune", "plan"), ("draft",), ("draft", "make")]
 COMMANDS += [("models", name) for name in ("list", "pull", "show", "rm")]
 
 
