@@ -144,7 +144,7 @@ class Drafter:
         """Drafts for all of `wants` together, as far as each is worth it. At most SEQUENCES of them."""
         self._turn += 1
         runs = [self._start(want) for want in wants[:SEQUENCES]]
-        going = list(runs)
+        going = [run for run in runs if run.feed]  # there may be nothing yet that its vocabulary can spell
         while going:
             going = [run for run, logits in self._compute(going) if self._go_on(run, logits)]
         for run in runs:

@@ -176,6 +176,9 @@ class Lookup:
             self.history.clear()
         self.acceptance = Acceptance(_WEIGHTS)
 
+    def close(self) -> None:
+        """There is nothing to free."""
+
 
 def _evidence(length: int, votes: int, voters: int, source: int, state: _State) -> Evidence:
     return (

@@ -80,3 +80,7 @@ class Proposer(Protocol):
     def forget(self) -> None:
         """Whatever was learned from texts, and the texts."""
         ...
+
+    def close(self) -> None:
+        """Frees what it holds."""
+        ...

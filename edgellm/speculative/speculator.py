@@ -5,11 +5,13 @@ Knows token ids and seconds; the engine verifies, by drawing each token as if th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgellm.errors import BackendError
 from edgellm.speculative.costs import StepCosts
 from edgellm.speculative.drafter import Drafter
 from edgellm.speculative.proposer import Guess, Prompt, Proposer, Want
@@ -28,6 +30,8 @@ _EXPLORING = 0.01  # of all time may go into drafts that are not expected to pay
 
 _TRIED = (3, 7, 1)  # drafted tokens, for steps of widths that have not been seen
 _LIKELY = 0.5
+
+_log = logging.getLogger(__name__)
 
 END = -1
 """Drawn where an answer ends: whatever was guessed for that place is wrong."""
@@ -138,9 +142,7 @@ class Speculator:
         if self.drafter is not None and room and open_wants:
             asked, least = self._worth_drafting(self.drafter, wanted, room, plan.rate)
             if asked:
-                started = time.perf_counter()
-                self._ask(self.drafter, asked, least)
-                self._spent(self.drafter.name, time.perf_counter() - started)
+                self._ask_drafter(self.drafter, asked, least)
                 plan = self._share_out(wanted, room)
         if room and not any(plan.counts):
             self._try_a_width(wanted, plan, room)
@@ -222,9 +224,17 @@ class Speculator:
         """Whether asking costs so little, of all time so far, that it may be done to learn how good the drafter is."""
         return self._drafting_s + reading_s < _EXPLORING * self._steps_s
 
-    def _spent(self, proposer: str, seconds: float) -> None:
+    def _ask_drafter(self, drafter: Drafter, wanted: Sequence[Draftable], least: float) -> None:
+        """Answers go on without a drafter that fails."""
+        started = time.perf_counter()
+        try:
+            self._ask(drafter, wanted, least)
+        except BackendError as error:
+            _log.error("the drafter %s is not asked any more: %s", drafter.model.path.name, error)
+            self.drafter = None
+        seconds = time.perf_counter() - started
         self._drafting_s += seconds
-        self.stats[proposer].saved_s -= seconds
+        self.stats[drafter.name].saved_s -= seconds
 
     def _tell(self, want: Draftable) -> None:
         line = want.line
@@ -279,8 +289,8 @@ class Speculator:
     def close(self) -> None:
         """Keeps what was learned, and frees the drafter."""
         self.save()
-        if self.drafter is not None:
-            self.drafter.close()
+        for proposer in self.all:
+            proposer.close()
 
     def snapshot(self) -> SpeculatorSnapshot:
         """The figures now. Any thread may ask."""

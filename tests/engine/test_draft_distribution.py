@@ -77,6 +77,12 @@ class _Picks:
     def end(self, _state: None, _answer: Sequence[int]) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
 
 def _picks(kind: str, answers: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
     ranked = sorted(answers, key=answers.__getitem__, reverse=True)

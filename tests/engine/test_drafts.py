@@ -78,6 +78,12 @@ class _Knows:
     def end(self, _state: None, answer: Sequence[int]) -> None:
         self.ended.append(list(answer))
 
+    def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
 
 class _Guesses(_Knows):
     """Proposes random bytes, a random number of them."""

@@ -117,6 +117,12 @@ class _Random:
     def end(self, _state: None, _answer: Sequence[int]) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
 
 def _plain(model: Model, logits: _Logits, request: GenerateRequest, index: int) -> list[int]:
     """The reference: a loop that draws one token after the other."""

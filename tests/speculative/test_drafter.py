@@ -146,3 +146,11 @@ def test_it_stops_where_more_is_not_worth_it(drafter: Drafter) -> None:
     (short,) = drafter.propose([Want(state, context, 8, 0.99)])
     assert long is not None
     assert len(short.tokens if short is not None else ()) < len(long.tokens)
+
+
+@pytest.mark.parametrize("drafter", ["bytes"], indirect=True)
+def test_before_there_is_a_whole_character_nothing_is_drafted(drafter: Drafter) -> None:
+    target = drafter.bridge.target.vocab
+    first = next(token for token in range(target.n_tokens) if target.piece(token) == b"\xf0")
+    state = drafter.begin(Prompt([first], 0.0))
+    assert drafter.propose([Want(state, [first], 4)]) == [None]

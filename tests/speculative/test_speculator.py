@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from edgellm.errors import BackendError
 from edgellm.speculative.acceptance import Acceptance
 from edgellm.speculative.costs import WIDTHS, StepCosts
 from edgellm.speculative.proposer import Guess, Outlook, Prompt, Want
@@ -62,6 +65,9 @@ class _Says:
 
     def forget(self) -> None:
         self.told.clear()
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _odds(chance: float) -> float:
@@ -221,3 +227,21 @@ def test_forgetting_reaches_every_proposer() -> None:
     speculator.draft([Draftable(line, [1, 2], 4, 9)], rows=1, room=4)
     speculator.forget()
     assert free.told == drafter.told == []
+
+
+def test_answers_go_on_without_a_drafter_that_fails() -> None:
+    class _Fails(_Says):
+        model = SimpleNamespace(path=Path("small.gguf"))
+
+        def propose(self, wants: Sequence[Want]) -> list[Guess | None]:
+            raise BackendError("no free KV cells")
+
+    drafter = _Fails("model", [5] * 4, 0.9)
+    speculator = Speculator([], _Fixed(0.2), drafter)  # type: ignore[arg-type]
+    line, want = _line(speculator, [1, 2])
+    assert speculator.draft([want], rows=1, room=8) == [()]
+    speculator.judge(line, [7])
+    assert speculator.drafter is None
+    speculator.end(line, [1, 2, 7])
+    speculator.close()
+    assert drafter.closed

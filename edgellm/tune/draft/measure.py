@@ -58,7 +58,7 @@ def measure_target(path: Path, *, threads: int) -> TargetCosts:
         params = ContextParams(context_tokens=256, sequences=1, batch_tokens=16, outputs=16, threads=threads)
         context = Context(model, params)
         try:
-            costs = StepCosts(measure_steps(context, outputs=16, most_s=10.0))
+            costs = StepCosts(measure_steps(context, most_s=10.0))
         finally:
             context.close()
     finally:
@@ -81,7 +81,7 @@ def measure_drafter(path: Path, target: Vocab, rows: Sequence[Row], *, threads: 
     except BaseException:
         model.close()
         raise
-    steps = measure_steps(context, outputs=1)
+    steps = measure_steps(context)
     drafter = Drafter(model, context, Bridge(model.vocab, target, NgramCache()), StepCosts(steps))
     try:
         sums = _Sums()
