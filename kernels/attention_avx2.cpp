@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace {
@@ -48,10 +49,13 @@ inline __m256 exponential(__m256 x) {
 
 inline float exponential(float x) { return _mm256_cvtss_f32(exponential(_mm256_set1_ps(x))); }
 
-// A block of keys or values as floats, (cells, width).
-void expand(const char * from, size_t stride, int64_t width, float * to) {
-    for (int64_t c = 0; c < kBlockCells; ++c, from += stride, to += width)
-        for (int64_t d = 0; d < width; d += kLanes) _mm256_storeu_ps(to + d, halves(from + d * 2));
+// Some cells' keys or values as floats, (cells, width); zeros for what the block lacks.
+void expand(const char * from, size_t stride, const int32_t * cells, int64_t count, int64_t width, float * to) {
+    for (int64_t c = 0; c < count; ++c, to += width) {
+        const char * cell = from + static_cast<size_t>(cells[c]) * stride;
+        for (int64_t d = 0; d < width; d += kLanes) _mm256_storeu_ps(to + d, halves(cell + d * 2));
+    }
+    std::fill_n(to, (kBlockCells - count) * width, 0.0f);
 }
 
 // The products of one query with four keys of a block.
@@ -86,33 +90,46 @@ void add_values(const float * weights, const float * values, int64_t width, floa
     for (; d < width; d += kLanes) add_values<1>(weights, values + d, width, fade, sums + d);
 }
 
-// The scores of one query with a block of keys; the highest of them.
-float score(const float * query, const float * keys, int64_t width, const char * mask, float scale, float * scores) {
+// The scores of one query with a block of keys; the highest of them. `added` is minus infinity where there is no cell.
+float score(const float * query, const float * keys, int64_t width, const float * added, float scale, float * scores) {
     for (int64_t c = 0; c < kBlockCells; c += 4) _mm_storeu_ps(scores + c, four_products(query, keys + c * width, width));
     __m256 most = _mm256_set1_ps(kNone);
     for (int v = 0; v < kVectors; ++v) {
-        const __m256 added = halves(mask + v * kLanes * 2), none = _mm256_set1_ps(kNone);
-        __m256 s = _mm256_fmadd_ps(_mm256_loadu_ps(scores + v * kLanes), _mm256_set1_ps(scale), added);
-        s = _mm256_blendv_ps(s, none, _mm256_cmp_ps(added, none, _CMP_EQ_OQ));
+        const __m256 bias = _mm256_loadu_ps(added + v * kLanes), none = _mm256_set1_ps(kNone);
+        __m256 s = _mm256_fmadd_ps(_mm256_loadu_ps(scores + v * kLanes), _mm256_set1_ps(scale), bias);
+        s = _mm256_blendv_ps(s, none, _mm256_cmp_ps(bias, none, _CMP_EQ_OQ));
         _mm256_storeu_ps(scores + v * kLanes, s);
         most = _mm256_max_ps(most, s);
     }
     return most_of(most);
 }
 
-bool sees(const char * mask) {
+float value_of(const char * half) {
+    uint16_t bits;
+    std::memcpy(&bits, half, sizeof bits);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+}
+
+void look(const Attention & of, int64_t first, int64_t last) {
     const __m256i hidden = _mm256_set1_epi16(static_cast<int16_t>(0xFC00));  // minus infinity
-    for (int64_t c = 0; c < kBlockCells; c += 16) {
-        const __m256i m = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(mask + c * 2));
-        if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(m, hidden)) != -1) return true;
+    for (int64_t row = first; row < last; ++row) {
+        const char * mask = of.mask + static_cast<size_t>(row) * of.mask_row;
+        int32_t * seen = of.seen + row * (of.cells + 1);
+        int32_t count = 0;
+        for (int64_t c = 0; c < of.cells; c += 16) {
+            const __m256i m = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(mask + c * 2));
+            const auto bits = static_cast<uint32_t>(~_mm256_movemask_epi8(_mm256_cmpeq_epi16(m, hidden)));
+            for (uint32_t left = bits & 0x55555555u; left != 0; left &= left - 1)
+                seen[1 + count++] = static_cast<int32_t>(c) + __builtin_ctz(left) / 2;
+        }
+        seen[0] = count;
     }
-    return false;
 }
 
 // One query's state takes in a block: {highest score, sum of weights, weighted sum of the values}.
-void take_block(const float * query, const float * keys, const float * values, const Attention & of, const char * mask, float * state) {
+void take_block(const float * query, const float * keys, const float * values, const Attention & of, const float * added, float * state) {
     alignas(32) float scores[kBlockCells];
-    const float most = std::max(state[0], score(query, keys, of.key_width, mask, of.scale, scores));
+    const float most = std::max(state[0], score(query, keys, of.key_width, added, of.scale, scores));
     if (most == kNone) return;
     const float fade = exponential(state[0] - most);
     __m256 sum = _mm256_setzero_ps();
@@ -136,21 +153,32 @@ void part(const Attention & of, int64_t kv_head, int64_t number) {
             state[0] = kNone;
             std::fill_n(state + 1, size - 1, 0.0f);
         }
-    const int64_t end = std::min(of.cells, (number + 1) * kPartCells);
-    for (int64_t first = number * kPartCells; first < end; first += kBlockCells) {
-        bool there = false;
-        for (int64_t row = 0; row < of.rows; ++row) {
-            const char * mask = of.mask + static_cast<size_t>(row) * of.mask_row + static_cast<size_t>(first) * 2;
-            if (!sees(mask)) continue;
-            if (!there) {
-                const auto cell = static_cast<size_t>(first), head = static_cast<size_t>(kv_head);
-                expand(of.keys + cell * of.key_cell + head * of.key_head, of.key_cell, of.key_width, keys);
-                expand(of.values + cell * of.value_cell + head * of.value_head, of.value_cell, of.value_width, values);
-                there = true;
+    for (int64_t first = number * kPartCells; first < (number + 1) * kPartCells; first += kBlockCells) {
+        const int32_t * expanded = nullptr;  // the cells that lie in `keys` and `values`
+        int64_t there = 0;
+        // The last row of a sequence sees all that the rows before it see, and one cell more.
+        for (int64_t row = of.rows - 1; row >= 0; --row) {
+            const int32_t * seen = of.seen + row * (of.cells + 1);
+            const int64_t count = std::min(kBlockCells, seen[0] - first);
+            if (count <= 0) continue;
+            const int32_t * block = seen + 1 + first;
+            if (count > there || std::memcmp(block, expanded, static_cast<size_t>(count) * sizeof *block) != 0) {
+                const auto head = static_cast<size_t>(kv_head);
+                expand(of.keys + head * of.key_head, of.key_cell, block, count, of.key_width, keys);
+                expand(of.values + head * of.value_head, of.value_cell, block, count, of.value_width, values);
+                expanded = block;
+                there = count;
             }
+            alignas(32) float added[kBlockCells];
+            const char * mask = of.mask + static_cast<size_t>(row) * of.mask_row;
+            if (count == kBlockCells && block[count - 1] - block[0] == count - 1)
+                for (int v = 0; v < kVectors; ++v) _mm256_store_ps(added + v * kLanes, halves(mask + (block[0] + v * kLanes) * 2));
+            else
+                for (int64_t c = 0; c < kBlockCells; ++c)
+                    added[c] = c < count ? value_of(mask + static_cast<size_t>(block[c]) * 2) : kNone;
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                 const char * query = of.query + static_cast<size_t>(row) * of.query_row + static_cast<size_t>(head) * of.query_head;
-                take_block(reinterpret_cast<const float *>(query), keys, values, of, mask, states + (row * of.heads + head) * size);
+                take_block(reinterpret_cast<const float *>(query), keys, values, of, added, states + (row * of.heads + head) * size);
             }
         }
     }
@@ -180,6 +208,6 @@ void gather(const Attention & of, int64_t first, int64_t last) {
 
 namespace edgellm {
 
-const AttentionKernels kAttentionAvx2 = {part, gather};
+const AttentionKernels kAttentionAvx2 = {look, part, gather};
 
 }  // namespace edgellm

@@ -51,6 +51,9 @@ Array<float, 3> attend(const Array<float, 3> & query, const Array<uint16_t, 3> &
     std::vector<float> parts(static_cast<size_t>(part_floats(task)));
     task.result = result->data();
     task.parts = parts.data();
+    std::vector<int32_t> seen(static_cast<size_t>(seen_numbers(task)));
+    task.seen = seen.data();
+    kAttentionAvx2.look(task, 0, task.rows);
     for (int64_t part = 0; part < part_count(task); ++part)
         for (int64_t head = 0; head < task.kv_heads; ++head) kAttentionAvx2.part(task, head, part);
     kAttentionAvx2.gather(task, 0, task.rows * task.heads);

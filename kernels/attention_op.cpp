@@ -36,7 +36,7 @@ bool is_known(const Tensor * op) {
 Attention of(const Tensor * op, void * memory) {
     const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
     const uintptr_t place = reinterpret_cast<uintptr_t>(memory);
-    Attention found;
+    Attention found{};
     found.rows = q->ne[1];
     found.heads = q->ne[2];
     found.kv_heads = k->ne[2];
@@ -57,6 +57,7 @@ Attention of(const Tensor * op, void * memory) {
     found.scale = parameter(op, 0);
     found.result = static_cast<float *>(op->data);
     found.parts = reinterpret_cast<float *>((place + kAlignment - 1) / kAlignment * kAlignment);
+    if (memory != nullptr) found.seen = reinterpret_cast<int32_t *>(found.parts + part_floats(found));
     return found;
 }
 
@@ -64,7 +65,8 @@ class AttentionTraits final : public TensorTraits {
   public:
     bool work_size(int, const Tensor * op, size_t & size) override {
         if (op->op != host().op_attention || !is_known(op)) return false;
-        size = static_cast<size_t>(part_floats(of(op, nullptr))) * sizeof(float) + kAlignment;
+        const Attention task = of(op, nullptr);
+        size = static_cast<size_t>(part_floats(task)) * sizeof(float) + static_cast<size_t>(seen_numbers(task)) * sizeof(int32_t) + kAlignment;
         return true;
     }
 
@@ -84,6 +86,7 @@ class AttentionTraits final : public TensorTraits {
   private:
     static void attend(const ComputeParams & params, const Attention & task) {
         if (params.ith == 0) reinterpret_cast<void (*)(void *, int)>(host().chunk_set)(params.threadpool, params.nth);
+        kernels->look(task, task.rows * params.ith / params.nth, task.rows * (params.ith + 1) / params.nth);
         barrier(params);
         const int64_t parts = part_count(task);
         for (int64_t i = params.ith; i < parts * task.kv_heads;

@@ -80,6 +80,19 @@ def test_cells_beyond_those_that_are_seen_change_nothing() -> None:
     np.testing.assert_array_equal(found, _attend(query, keys, values, mask, 0.125))
 
 
+def test_where_the_cells_lie_changes_nothing() -> None:
+    query, keys, values, mask = _task(7, 2, 3, 2, 64, 64, 640)
+    mask[:] = 0
+    expected = _attend(query, keys, values, mask, 0.125)
+    places = np.sort(np.random.default_rng(7).choice(1280, 640, replace=False))
+    spread = [np.full((1280, *a.shape[1:]), np.nan, np.float16) for a in (keys, values)]
+    hidden = np.full((2, 1280), -np.inf, np.float16)
+    for wide, a in zip(spread, (keys, values), strict=True):
+        wide[places] = a
+    hidden[:, places] = 0
+    np.testing.assert_array_equal(_attend(query, *spread, hidden, 0.125), expected)
+
+
 def test_what_is_no_number_in_a_hidden_cell_is_not_seen() -> None:
     query, keys, values, mask = _task(2, 3, 3, 2, 64, 64, 256)
     mask[:, 70:80] = -np.inf
