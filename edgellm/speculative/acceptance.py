@@ -23,7 +23,6 @@ class Acceptance:
         """`weights` to begin with, one for each number of the evidence, the first for the constant."""
         self.weights = list(weights)
         self._squares = [1.0] * len(self.weights)
-        self.seen = 0
 
     def probability(self, evidence: Sequence[float]) -> float:
         """Between 0.005 and 0.995. `evidence` leaves out the constant."""
@@ -41,4 +40,3 @@ class Acceptance:
             gradient = error * value
             square = self._squares[index] = _MEMORY * self._squares[index] + gradient * gradient
             self.weights[index] += _RATE * gradient / math.sqrt(square + _SMALL)
-        self.seen += 1

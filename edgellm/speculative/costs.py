@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from itertools import pairwise
+
+import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 """Rows at which the curve is known."""
@@ -30,11 +31,12 @@ class StepCosts:
         self.known = bool(measured)
         slope = _SLOPE if measured else _CAUTIOUS_SLOPE
         seconds = dict(measured or {1: 1.0})
-        first = last = seconds[1]
-        self._curve = [first]
-        for before, width in pairwise(WIDTHS):
-            last = max(last, seconds.get(width, last + first * slope * (width - before)))
-            self._curve.append(last)
+        known = sorted(seconds)
+        self._curve: list[float] = []
+        for width in WIDTHS:  # straight between widths that are known, and on from the last of them
+            beyond = seconds[known[-1]] + seconds[1] * slope * (width - known[-1])
+            found = float(np.interp(width, known, [seconds[one] for one in known])) if width <= known[-1] else beyond
+            self._curve.append(max([found, *self._curve[-1:]]))  # more rows never take less time
         self._scale = 1.0
         self._seen = [_ENOUGH if width in seconds and measured else 0 for width in WIDTHS]
 
@@ -68,8 +70,9 @@ class StepCosts:
             curve[place + 1] = max(curve[place + 1], curve[place])
 
     def measured(self) -> dict[int, float]:
-        """The curve as it is now, for another start."""
-        return {width: self._scale * seconds for width, seconds in zip(WIDTHS, self._curve, strict=True)}
+        """The curve as it is now, for another start: of one row, and of widths whose time is no mere assumption."""
+        widths = zip(WIDTHS, self._curve, self._seen, strict=True)
+        return {width: self._scale * seconds for width, seconds, seen in widths if width == 1 or seen >= _ENOUGH}
 
 
 def _between(rows: int) -> tuple[int, float]:

@@ -23,7 +23,7 @@ from edgellm.speculative.ngram_cache import NgramCache, vocabulary_fingerprint
 from edgellm.speculative.speculator import Speculator
 
 _log = logging.getLogger(__name__)
-_HISTORY_TOKENS = 1 << 17  # of earlier answers that are remembered; about 12 MB
+_HISTORY_TOKENS = 1 << 17  # of earlier answers that are remembered; about 8 MB
 _LEARNED = "learned.json"
 FOLDER = "speculative"
 """Below the state directory; a folder for each model in it."""
@@ -86,14 +86,14 @@ def _drafter(target: Model, model: Model, context: Context, home: Path) -> Draft
 
 
 def forget(home: Path) -> int:
-    """Deletes what was learned about every model below the state directory `home`. Returns how many there were.
+    """Deletes what was learned about every model below the state directory `home`. Returns how many models there were.
 
     Raises StorageError.
     """
     folder = home / FOLDER
     try:
-        models = sum(1 for path in folder.iterdir()) if folder.is_dir() else 0
-        if models:
+        models = sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else 0
+        if folder.is_dir():
             shutil.rmtree(folder)
     except OSError as error:
         raise StorageError(f"what drafting has learned cannot be deleted: {error.strerror}") from None

@@ -29,7 +29,7 @@ class History:
     """The answers given lately. The oldest are forgotten by halves."""
 
     def __init__(self, capacity: int) -> None:
-        """`capacity` in tokens; one takes about 100 bytes."""
+        """`capacity` in tokens; one takes about 60 bytes."""
         self._half = max(2, capacity // 2)
         self._younger = SuffixIndex(_HISTORY_ORDER)
         self._older = SuffixIndex(_HISTORY_ORDER)

@@ -50,7 +50,7 @@ class SuffixIndex:
         return len(self.text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Appends tokens (or GAP). About a third of a microsecond each."""
+        """Appends tokens (or GAP). About 0.4 microseconds each."""
         text, earlier, newest, order, mask = self.text, self._earlier, self._newest, self.order, self._mask
         key, run = self._key, self._run
         place = len(text)

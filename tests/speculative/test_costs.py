@@ -80,4 +80,23 @@ def test_what_was_learned_can_begin_another() -> None:
     for _ in range(30):
         costs.observe(2, 0.030)
     again = StepCosts(costs.measured())
-    assert [again.seconds(rows) for rows in range(1, 40)] == pytest.approx([costs.seconds(r) for r in range(1, 40)])
+    assert {rows: again.seconds(rows) for rows in MEASURED} == pytest.approx(
+        {rows: costs.seconds(rows) for rows in MEASURED}
+    )
+
+
+def test_an_assumption_is_not_kept_as_if_it_had_been_measured() -> None:
+    costs = StepCosts()
+    for _ in range(10):
+        costs.observe(1, 0.5)
+        costs.observe(4, 1.0)
+    again = StepCosts(costs.measured())
+    assert set(costs.measured()) == {1, 4}
+    assert again.uncertain(8)
+    assert not again.uncertain(4)
+
+
+def test_a_width_between_two_that_are_known_lies_straight_between_them() -> None:
+    costs = StepCosts(MEASURED)
+    assert costs.seconds(3) == pytest.approx((MEASURED[2] + MEASURED[4]) / 2)
+    assert costs.seconds(12) == pytest.approx((MEASURED[8] + MEASURED[16]) / 2)
