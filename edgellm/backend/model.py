@@ -8,7 +8,7 @@ from typing import Any
 
 from edgellm.backend.experts import ExpertStore, experts_in
 from edgellm.backend.library import lib, take_errors
-from edgellm.backend.packing import packing
+from edgellm.backend.packing import packing, packing_kernels
 from edgellm.backend.vocab import Vocab
 from edgellm.errors import AdapterError, ModelLoadError, ModelUnsupportedError
 
@@ -72,6 +72,12 @@ class Model:
             self._handle = None
         if self.experts is not None:
             self.experts.close()
+
+
+def load_packed(path: Path) -> Model:
+    """A model in memory of its own, packed where this processor has the instructions, else mapped. Raises as Model."""
+    packed = packing_kernels() is not None
+    return Model(path, mapped=not packed, packed=packed)
 
 
 class VocabFile:

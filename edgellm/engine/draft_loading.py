@@ -6,7 +6,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from edgellm.backend.context import Context, ContextParams
+from edgellm.backend.context import Context
 from edgellm.backend.model import Model
 from edgellm.config import Settings, home_dir
 from edgellm.engine.fit import worth_packing
@@ -15,7 +15,7 @@ from edgellm.errors import ConfigError
 from edgellm.models.describe import ModelInfo, describe
 from edgellm.models.memory import MemoryEstimate, estimate_memory
 from edgellm.models.store import ModelStore
-from edgellm.speculative.drafter import BATCH_TOKENS, CELLS, SEQUENCES
+from edgellm.speculative.drafter import BATCH_TOKENS, CELLS, SEQUENCES, drafter_context
 from edgellm.speculative.loading import load_speculator, no_drafting
 from edgellm.speculative.speculator import Speculator
 
@@ -59,15 +59,8 @@ def make_speculator(model: Model, context: Context, settings: Settings, *, measu
         undo.callback(small.close)
         if not small.can_roll_back or not small.has_decoder or small.has_encoder:
             raise ConfigError(f"--draft {settings.draft}: the model cannot draft, for it is recurrent or no decoder")
-        params = ContextParams(
-            context_tokens=SEQUENCES * CELLS,
-            sequences=SEQUENCES,
-            batch_tokens=BATCH_TOKENS,
-            outputs=SEQUENCES,
-            threads=settings.threads or default_threads(),
-            flash_attention=settings.flash_attention,
-        )
-        small_context = Context(small, params)
+        threads = settings.threads or default_threads()
+        small_context = drafter_context(small, threads=threads, flash_attention=settings.flash_attention)
         undo.callback(small_context.close)
         drafter = small, small_context
         speculator = load_speculator(model, context, settings, home_dir(), measured=measured, drafter=drafter)

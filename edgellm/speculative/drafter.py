@@ -11,11 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from edgellm.backend.batch import Batch
-from edgellm.backend.context import Context, Floats
+from edgellm.backend.context import Context, ContextParams, Floats
 from edgellm.backend.model import Adapter, Model
 from edgellm.speculative.acceptance import Acceptance
 from edgellm.speculative.bridge import Bridge, Mapped, Way
@@ -40,6 +41,21 @@ _CHANCE = 0.6  # that a token is accepted, until it is known
 _MOST_DRAFTED = 24  # drafter tokens: they may be shorter than the target's
 # Constant, then as `_evidence` has them: what was learned from SmolLM2-135M drafting for Qwen2.5-Coder-0.5B.
 _WEIGHTS = (0.7, 4.0, 0.5, -0.3, 0.5, 1.7, -0.5)
+
+
+def drafter_context(model: Model, *, threads: int, flash_attention: Literal["auto", "on", "off"] = "auto") -> Context:
+    """The context that a Drafter of `model` works in. Raises ModelLoadError."""
+    return Context(
+        model,
+        ContextParams(
+            context_tokens=SEQUENCES * CELLS,
+            sequences=SEQUENCES,
+            batch_tokens=BATCH_TOKENS,
+            outputs=SEQUENCES,
+            threads=threads,
+            flash_attention=flash_attention,
+        ),
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +93,7 @@ class Drafter:
     most = SEQUENCES
 
     def __init__(self, model: Model, context: Context, bridge: Bridge, costs: StepCosts) -> None:
-        """`context` has SEQUENCES sequences of CELLS cells. Both are closed with it."""
+        """`context` is that of `drafter_context`. Both are closed with it."""
         self.model, self.context, self.bridge, self.costs = model, context, bridge, costs
         self.acceptance = Acceptance(_WEIGHTS)
         self.cache_path: Path | None = None  # where the bridge's n-grams are kept

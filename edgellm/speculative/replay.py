@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgellm.speculative.buffer import Record
@@ -20,6 +21,7 @@ class Replay:
     accepted: int = 0
     calls: int = 0  # of the target: each writes what was accepted, and a token of its own
     tokens: int = 0
+    seconds: float = field(default=0.0, compare=False)  # of drafting; an answer's first draft, which reads, left out
 
     @property
     def acceptance(self) -> float:
@@ -36,6 +38,7 @@ class Replay:
             self.accepted + other.accepted,
             self.calls + other.calls,
             self.tokens + other.tokens,
+            self.seconds + other.seconds,
         )
 
 
@@ -56,19 +59,22 @@ class _Answer:
         return len(self.record.answer) - self.done
 
 
-def replay(drafter: Drafter, records: Sequence[Record], *, most: int) -> Iterator[Replay]:
+def replay(drafter: Drafter, records: Sequence[Record], *, most: int, together: int = SEQUENCES) -> Iterator[Replay]:
     """Goes through each answer as greedy decoding would, with drafts of up to `most` tokens; yields each one's sums as
-    it ends. The drafter learns nothing of how its guesses do."""
+    it ends. `together` answers are gone through at a time. The drafter learns nothing of how its guesses do."""
     waiting = deque(records)
     going: list[tuple[_Answer, Replay]] = []
     while waiting or going:
-        while waiting and len(going) < SEQUENCES:
+        while waiting and len(going) < together:
             record = waiting.popleft()
             going.append((_Answer(record, drafter.begin(Prompt(record.prompt, 0.0))), Replay()))
+        started = time.perf_counter()
         guesses = drafter.propose([Want(one.state, one.context, min(most, one.left)) for one, _ in going])
+        each_s = (time.perf_counter() - started) / len(going)
         still = []
         for (one, sums), guess in zip(going, guesses, strict=True):
-            total = sums + _step(drafter, one, () if guess is None else guess.tokens)
+            seconds = each_s if one.done else 0.0
+            total = sums + _step(drafter, one, () if guess is None else guess.tokens, seconds)
             if one.left:
                 still.append((one, total))
             else:
@@ -77,11 +83,11 @@ def replay(drafter: Drafter, records: Sequence[Record], *, most: int) -> Iterato
         going = still
 
 
-def _step(drafter: Drafter, one: _Answer, guess: Sequence[int]) -> Replay:
+def _step(drafter: Drafter, one: _Answer, guess: Sequence[int], seconds: float) -> Replay:
     """One call of the target."""
     follows = one.record.answer[one.done :]
     accepted = next((at for at, token in enumerate(guess) if token != follows[at]), len(guess))
     drawn = follows[: accepted + 1]
     drafter.extend(one.state, drawn)
     one.done += len(drawn)
-    return Replay(len(guess), accepted, 1, len(drawn))
+    return Replay(len(guess), accepted, 1, len(drawn), seconds)

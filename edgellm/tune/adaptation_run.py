@@ -17,15 +17,14 @@ from typing import Any, Protocol
 
 import torch
 
-from edgellm.backend.context import Context, ContextParams
-from edgellm.backend.model import Adapter, Model, VocabFile
+from edgellm.backend.model import Adapter, VocabFile, load_packed
 from edgellm.backend.vocab import Vocab
 from edgellm.errors import StorageError
 from edgellm.models.files import publish
 from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.buffer import AnswerBuffer, Record
 from edgellm.speculative.costs import StepCosts
-from edgellm.speculative.drafter import BATCH_TOKENS, CELLS, SEQUENCES, Drafter
+from edgellm.speculative.drafter import Drafter, drafter_context
 from edgellm.speculative.ngram_cache import NgramCache, vocabulary_fingerprint
 from edgellm.speculative.replay import Replay, replay
 from edgellm.tune.adaptation_spec import AdaptationSpec
@@ -129,16 +128,9 @@ class _Adaptation:
 
     @contextmanager
     def _drafter(self, target: Vocab) -> Iterator[Drafter]:
-        model = Model(self._spec.drafter)
+        model = load_packed(self._spec.drafter)
         try:
-            params = ContextParams(
-                context_tokens=SEQUENCES * CELLS,
-                sequences=SEQUENCES,
-                batch_tokens=BATCH_TOKENS,
-                outputs=SEQUENCES,
-                threads=self._spec.threads,
-            )
-            context = Context(model, params)
+            context = drafter_context(model, threads=self._spec.threads)
         except BaseException:
             model.close()
             raise
@@ -151,7 +143,7 @@ class _Adaptation:
     def _answers(self, bridge: Bridge, training: Sequence[Record]) -> list[DraftedAnswer]:
         """The records as the drafter learns them, with what the target held likely."""
         spec, found, to_drafter = self._spec, [], direct_tokens(bridge)
-        target = Model(spec.target)
+        target = load_packed(spec.target)
         try:
             with Teacher(target, longest=longest_of(training), threads=spec.threads, top=spec.top) as teacher:
                 for number, record in enumerate(training, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,28 +30,38 @@ def token_losses(hidden: Tensor, head: Matrix, targets: Tensor, *, logits_bytes:
     its logits are there, which it takes the place of, and kept, (tokens, width): a loss depends on its own row alone,
     so backward only scales it. Nothing of it is done where hidden has no graph.
     """
-    losses, correct = _Losses.apply(
-        hidden, head, targets, logits_bytes, torch.is_grad_enabled() and hidden.requires_grad
-    )
-    return TokenLosses(losses, correct)
+
+    def score(part: slice, logits: Tensor, losses: Tensor, correct: Tensor, gradient: bool) -> None:
+        kernels().losses(array(logits), array(targets[part]), array(losses), array(correct), gradient=gradient)
+
+    return chunked_losses(hidden, head, score, logits_bytes)
+
+
+Score = Callable[[slice, Tensor, Tensor, Tensor, bool], None]
+"""(rows, their logits, losses, correct, gradient): fills in losses and correct; with `gradient`, the logits become what
+the losses change by with them."""
+
+
+def chunked_losses(hidden: Tensor, head: Matrix, score: Score, logits_bytes: int) -> TokenLosses:
+    """What `score` makes of hidden @ head.T, of some rows at a time: `logits_bytes` of logits."""
+    wanted = torch.is_grad_enabled() and hidden.requires_grad
+    return TokenLosses(*_Losses.apply(hidden, head, score, logits_bytes, wanted))
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Matrix, targets: Tensor, logits_bytes: int, wanted: bool
+        ctx: Any, hidden: Tensor, head: Matrix, score: Score, logits_bytes: int, wanted: bool
     ) -> tuple[Tensor, Tensor]:
         chunk = max(1, logits_bytes // (head.rows * hidden.element_size()))
         gradient = torch.empty_like(hidden) if wanted else None
         losses, correct = torch.empty(len(hidden)), torch.empty(len(hidden), dtype=torch.bool)
         for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = chunk_logits(hidden[part], head)
-            kernels().losses(
-                array(logits), array(targets[part]), array(losses[part]), array(correct[part]), gradient=wanted
-            )
+            part = slice(start, min(start + chunk, len(hidden)))
+            logits = _chunk_logits(hidden[part], head)
+            score(part, logits, losses[part], correct[part], wanted)
             if gradient is not None:
-                gradient[part] = input_gradient(logits, head)
+                gradient[part] = _input_gradient(logits, head)
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(gradient)
         return losses, correct
@@ -61,7 +72,7 @@ class _Losses(torch.autograd.Function):
         return (kept * gradient[:, None]).to(kept.dtype), None, None, None, None
 
 
-def chunk_logits(hidden: Tensor, head: Matrix) -> Tensor:
+def _chunk_logits(hidden: Tensor, head: Matrix) -> Tensor:
     """The logits of a chunk, (tokens, vocabulary), in hidden's type."""
     logits = hidden.new_empty(len(hidden), head.rows)
     for start in range(0, head.rows, _BLOCK_ROWS):
@@ -70,7 +81,7 @@ def chunk_logits(hidden: Tensor, head: Matrix) -> Tensor:
     return logits
 
 
-def input_gradient(by_logits: Tensor, head: Matrix) -> Tensor:
+def _input_gradient(by_logits: Tensor, head: Matrix) -> Tensor:
     """by_logits @ head, (tokens, width), summed as float32."""
     result = torch.zeros(len(by_logits), head.columns)
     for start in range(0, head.rows, _BLOCK_ROWS):

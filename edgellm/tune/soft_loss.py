@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgellm.tune.cost import LOGITS_BYTES
-from edgellm.tune.loss import TokenLosses, chunk_logits, input_gradient
+from edgellm.tune.loss import TokenLosses, chunked_losses
 from edgellm.tune.ops import array, kernels
 from edgellm.tune.weights import Matrix
 
@@ -49,33 +48,11 @@ def soft_losses(hidden: Tensor, head: Matrix, targets: SoftTargets, *, logits_by
     hidden: (places, width), float32 or bfloat16. A place whose written token has the probability 1 gets
     weight * -log p of it. Chunks, and gradients made in the same pass, as in loss.token_losses.
     """
-    wanted = torch.is_grad_enabled() and hidden.requires_grad
-    losses, correct = _SoftLosses.apply(hidden, head, targets, logits_bytes, wanted)
-    return TokenLosses(losses, correct)
 
+    def score(part: slice, logits: Tensor, losses: Tensor, correct: Tensor, gradient: bool) -> None:
+        losses.copy_(_chunk(logits, targets.part(part.start, part.stop), correct, gradient))
 
-class _SoftLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Matrix, targets: SoftTargets, logits_bytes: int, wanted: bool
-    ) -> tuple[Tensor, Tensor]:
-        chunk = max(1, logits_bytes // (head.rows * hidden.element_size()))
-        gradient = torch.empty_like(hidden) if wanted else None
-        losses, correct = torch.empty(len(hidden)), torch.empty(len(hidden), dtype=torch.bool)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = chunk_logits(hidden[part], head)
-            losses[part] = _chunk(logits, targets.part(start, start + len(logits)), correct[part], wanted)
-            if gradient is not None:
-                gradient[part] = input_gradient(logits, head)
-        ctx.mark_non_differentiable(correct)
-        ctx.save_for_backward(gradient)
-        return losses, correct
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (kept,) = ctx.saved_tensors
-        return (kept * gradient[:, None]).to(kept.dtype), None, None, None, None
+    return chunked_losses(hidden, head, score, logits_bytes)
 
 
 def _chunk(logits: Tensor, targets: SoftTargets, correct: Tensor, wanted: bool) -> Tensor:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.backend.context import Context, ContextParams
 from edgellm.backend.model import Adapter, Model
 from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.buffer import Record
 from edgellm.speculative.costs import StepCosts
-from edgellm.speculative.drafter import BATCH_TOKENS, CELLS, SEQUENCES, Drafter
+from edgellm.speculative.drafter import BATCH_TOKENS, SEQUENCES, Drafter, drafter_context
 from edgellm.speculative.ngram_cache import NgramCache
 from edgellm.speculative.proposer import Prompt, Want
 from edgellm.speculative.replay import Replay, replay
@@ -34,15 +33,8 @@ def make() -> Iterator[Make]:
 
     def drafter(path: Path) -> Drafter:
         model = Model(path)
-        params = ContextParams(
-            context_tokens=SEQUENCES * CELLS,
-            sequences=SEQUENCES,
-            batch_tokens=BATCH_TOKENS,
-            outputs=SEQUENCES,
-            threads=1,
-            flash_attention="off",
-        )
-        made.append(Drafter(model, Context(model, params), Bridge(model.vocab, model.vocab, NgramCache()), StepCosts()))
+        context = drafter_context(model, threads=1, flash_attention="off")
+        made.append(Drafter(model, context, Bridge(model.vocab, model.vocab, NgramCache()), StepCosts()))
         return made[-1]
 
     yield drafter

@@ -58,7 +58,7 @@ def test_no_gradient_is_made_where_none_is_wanted(head: Matrix, monkeypatch: pyt
     def refuse(*_: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(loss_module, "input_gradient", refuse)
+    monkeypatch.setattr(loss_module, "_input_gradient", refuse)
     hidden, targets = torch.randn(5, head.columns), torch.arange(5)
     assert not token_losses(hidden, head, targets).losses.requires_grad
     with torch.no_grad():

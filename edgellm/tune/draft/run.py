@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edgellm.backend.model import VocabFile
+from edgellm.backend.model import VocabFile, load_packed
 from edgellm.errors import ConfigError, StorageError, TrainingDataError
 from edgellm.models.describe import describe
 from edgellm.models.ggml_types import GGML_TYPES
@@ -26,7 +26,7 @@ from edgellm.tune.draft.measure import measure_drafter, measure_target
 from edgellm.tune.draft.net import Net
 from edgellm.tune.draft.samples import Row, Sample, hold_out, make_sample, read_rows
 from edgellm.tune.draft.spec import DraftSpec
-from edgellm.tune.draft.teacher import Teacher, soften_all
+from edgellm.tune.draft.teacher import soften_all
 
 Report = Callable[[dict[str, Any]], None]
 ANSWERS = ".answers.jsonl"
@@ -120,18 +120,19 @@ def _samples(
 def _soften(
     bridge: Bridge, rows: list[Row], samples: list[Sample], spec: DraftSpec, report: Report, stop: threading.Event
 ) -> list[Sample]:
-    teacher = Teacher(Path(spec.target), threads=spec.threads)
+    target = load_packed(Path(spec.target))
     try:
         return soften_all(
             bridge,
             rows,
             samples,
-            teacher,
+            target,
+            threads=spec.threads,
             report=lambda done, total: report({"event": "read", "done": done, "total": total}),
             stopped=stop.is_set,
         )
     finally:
-        teacher.close()
+        target.close()
 
 
 def _told(parts: _Parts) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from edgellm.backend.model import load_packed  # noqa: E402
 from edgellm.speculative.bridge import Bridge  # noqa: E402
 from edgellm.speculative.ngram_cache import NgramCache  # noqa: E402
 from edgellm.tune.draft.distil import Course, Distiller  # noqa: E402
 from edgellm.tune.draft.net import Net  # noqa: E402
 from edgellm.tune.draft.samples import Row, Sample, Soft, make_sample  # noqa: E402
-from edgellm.tune.draft.teacher import Teacher, Top, soften  # noqa: E402
+from edgellm.tune.draft.teacher import as_record, soften  # noqa: E402
 from edgellm.tune.prefix_tree import pack  # noqa: E402
+from edgellm.tune.teacher import Likeliest, Teacher  # noqa: E402
 from tests.support.texts import PASSAGES  # noqa: E402
 from tests.support.tiny_gguf import write_tiny_llama  # noqa: E402
 from tests.support.vocabularies import vocabulary  # noqa: E402
@@ -30,28 +34,34 @@ def bridge() -> Bridge:
 def test_the_tops_are_those_of_one_pass(tmp_path: Path, prompt: int, answer: int) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", context=1024)
     tokens = [TEXT[number % len(TEXT)] for number in range(prompt + answer)]
-    teacher = Teacher(path, threads=1)
-    for _ in range(2):  # the second time nothing of the first is left
-        found = teacher.tops(Row(tokens[:prompt], tokens[prompt:]))
-    teacher.close()
+    row = Row(tokens[:prompt], tokens[prompt:])
+    with closing(load_packed(path)) as model, Teacher(model, longest=640, threads=1, top=12) as teacher:
+        for _ in range(2):  # the second time nothing of the first is left
+            found = teacher.likeliest(as_record(row))
     shown = tokens[:512]
     expected = true_logits(path, shown).softmax(1)[prompt - 1 : prompt - 1 + answer]
-    assert len(found) == answer
-    for top, row in zip(found, expected, strict=False):
-        likeliest = max(top, key=lambda pair: pair[1])
-        assert likeliest[1] == pytest.approx(float(row.max()), abs=0.02)
-        assert all(share == pytest.approx(float(row[token]), abs=0.02) for token, share in top)
+    assert len(found[0]) == answer
+    for others, shares, wanted in zip(*found, expected, strict=False):
+        assert shares[0] == pytest.approx(float(wanted.max()), abs=0.02)
+        assert all(s == pytest.approx(float(wanted[int(t)]), abs=0.02) for t, s in zip(others, shares, strict=True))
 
 
-def test_a_prompt_that_is_too_long_is_read_from_its_end(tmp_path: Path) -> None:
-    teacher = Teacher(write_tiny_llama(tmp_path / "m.gguf", context=4096), threads=1)
-    found = teacher.tops(Row([65] * 3000, [66] * 10))
-    teacher.close()
-    assert len(found) == 10
+def test_a_prompt_that_is_too_long_is_read_from_its_end() -> None:
+    record = as_record(Row([64] * 2000 + [65] * 2038, [66] * 10))
+    assert record.prompt == (65,) * 2038
+    assert record.answer == (66,) * 10
 
 
-def _certain(tokens: list[int]) -> list[Top]:
-    return [[(token, 1.0)] for token in tokens]
+def _likeliest(*places: list[tuple[int, float]]) -> Likeliest:
+    """As arrays; places with fewer tokens are filled up with what has no probability."""
+    most = max(map(len, places), default=0)
+    filled = [[*place, *[(0, 0.0)] * (most - len(place))] for place in places]
+    tokens = np.array([[token for token, _ in place] for place in filled], np.int32)
+    return tokens, np.array([[share for _, share in place] for place in filled], np.float32)
+
+
+def _certain(tokens: list[int]) -> Likeliest:
+    return _likeliest(*([(token, 1.0)] for token in tokens))
 
 
 @pytest.mark.parametrize("text", PASSAGES)
@@ -77,12 +87,12 @@ def test_other_tokens_share_what_they_begin_with(bridge: Bridge) -> None:
     sample = make_sample(bridge, row.prompt, row.answer)
     assert sample is not None
     dog, end = target.find(b" dog"), target.vocab.eos
-    tops: list[Top] = [[(row.answer[0], 0.9), (dog, 0.1)], [(row.answer[1], 0.5), (dog, 0.3), (end, 0.2)]]
-    soft = soften(bridge, row, sample, tops).soft
+    tops = [[(row.answer[0], 0.9), (dog, 0.1)], [(row.answer[1], 0.5), (dog, 0.3), (end, 0.2)]]
+    soft = soften(bridge, row, sample, _likeliest(*tops)).soft
     assert soft is not None
     assert soft.tokens[1] == [drafter.find(b" cat"), drafter.find(b" dog")]
     assert soft.shares == [pytest.approx([0.9, 0.1]), pytest.approx([0.625, 0.375])]  # an end is no text
-    assert soften(bridge, row, sample, tops[:1]) is sample
+    assert soften(bridge, row, sample, _likeliest(*tops[:1])) is sample
 
 
 def test_a_drafter_learns_the_shares(tmp_path: Path) -> None:
