@@ -1,4 +1,4 @@
-"""Between the runner's answers and the speculator: whose tokens are drafted in a step, and what became of them."""
+"""Between the runner's answers and the speculator: whose tokens are drafted in a step."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ class Drafting:
             if draft:
                 drafted[place] = replace(shares[place], draft=draft)
         return drafted
-
-    def drawn(self, line: Line, tokens: Sequence[int]) -> None:
-        """The answer of `line` went on with `tokens` in the step."""
-        self.speculator.judge(line, tokens)
 
     def ended(self, answer: Answer) -> None:
         """The answer is over, however it ended."""

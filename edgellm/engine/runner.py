@@ -276,8 +276,8 @@ class Runner:
         self.stats.decode_seconds += seconds
         if self.pager is not None:
             self.pager.after_step(seconds, batch.n_tokens)
-        if self._drafting is not None:
-            self._drafting.speculator.observe(batch.n_tokens, seconds)
+        if self.speculator is not None:
+            self.speculator.observe(batch.n_tokens, seconds)
 
     def _collect(self, shares: Sequence[Share]) -> None:
         row = 0
@@ -301,9 +301,9 @@ class Runner:
             token = self._draw_one(answer, row + offset, drafted)
             if token is None or token != drafted:
                 break
-        if self._drafting is not None and line is not None:
+        if self.speculator is not None and line is not None:
             end = (END,) if answer.reason is FinishReason.STOP else ()
-            self._drafting.drawn(line, (*answer.tokens[length:], *end))
+            self.speculator.judge(line, (*answer.tokens[length:], *end))
         if draft and answer.entry is not None:
             kept = len(answer.tokens) - length  # drawn tokens; the last is not in the cache yet
             self.cache.truncate(answer.entry, length + max(kept - 1, 0))
