@@ -36,8 +36,9 @@ def foreign_library(_tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fit, "paging_fault", lambda: "it is another library")
 
 
-def no_home(tmp_path: Path, _patch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "state").write_text("a file in the way")
+def no_home(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blocked").write_text("a file in the way")
+    patch.setenv("EDGELLM_HOME", str(tmp_path / "blocked"))
 
 
 def unknown_use(_tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
