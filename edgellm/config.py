@@ -160,6 +160,15 @@ class Settings(BaseSettings):
         "are what they are without. auto, ngram: the prompt, the answer so far and earlier answers. A GGUF path or a "
         "pulled model's name: that model as well, whatever its vocabulary, where it pays. none: nothing.",
     )
+    adapt: Literal["on", "off"] = Field(
+        "on",
+        description="on: where a small model drafts, answers are kept on disk, readable by their owner alone, and the "
+        "small model is trained on them while nobody waits, at the lowest priority; edgellm spec forget deletes all of "
+        "it. off: nothing is kept and nothing is trained. Needs edgellm[tune].",
+    )
+    adapt_after_s: Seconds = Field(
+        30.0, ge=0, description="Train the small model once nobody has waited for this long (30s, 5m, never)."
+    )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 
     # HTTP

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from edgellm.speculative.speculator import ProposerStats, SpeculatorSnapshot
+from edgellm.tune.adapted import Adapted
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,8 @@ class DraftSnapshot:
     model: str
     figures: SpeculatorSnapshot | None  # None: nothing is drafted, and `reason` says why
     reason: str = ""
+    adapted: Adapted | None = None  # what came of adapting its drafter; None: it has none
+    adapting: bool = False
 
 
 _COUNTERS: tuple[tuple[str, str, Callable[[ProposerStats], float]], ...] = (
@@ -55,3 +58,27 @@ def draft_families(models: Sequence[DraftSnapshot]) -> Iterator[Metric]:
         for proposer, stats in figures.proposers.items():
             saved.add_metric([name, proposer], stats.saved_s)
     yield saved
+    yield from _adaptation_families([(model, model.adapted) for model in models if model.adapted is not None])
+
+
+def _adaptation_families(models: Sequence[tuple[DraftSnapshot, Adapted]]) -> Iterator[Metric]:
+    """Of models with a drafter."""
+    if not models:
+        return
+    text = "1 while the model's drafter is being adapted."
+    gauge = GaugeMetricFamily("edgellm_drafter_adapting", text, labels=["model"])
+    text = "Adaptations of the model's drafter, by what came of them."
+    counter = CounterMetricFamily("edgellm_drafter_adaptations", text, labels=["model", "result"])
+    text = "Time of processors that these took."
+    seconds = CounterMetricFamily("edgellm_drafter_adaptation_cpu_seconds", text, labels=["model"])
+    text = "Share of drafted tokens accepted on answers held out, when it was last measured."
+    held_out = GaugeMetricFamily("edgellm_drafter_acceptance", text, labels=["model", "adapter"])
+    for model, adapted in models:
+        gauge.add_metric([model.model], float(model.adapting))
+        for result in ("taken", "dropped", "failed"):
+            counter.add_metric([model.model, result], getattr(adapted, result))
+        seconds.add_metric([model.model], adapted.cpu_seconds)
+        for adapter, rate in (("none", adapted.acceptance_without), ("in use", adapted.acceptance_after)):
+            if rate is not None:
+                held_out.add_metric([model.model, adapter], rate)
+    yield from (gauge, counter, seconds, held_out)

@@ -33,8 +33,10 @@ from edgellm.errors import (
 from edgellm.models.bundled import DEFAULT_MODEL
 from edgellm.models.store import AdapterStore, ModelStore, StoredModel
 from edgellm.speculative.loading import forget, no_drafting
+from serving.adaptation import Adaptation
 from serving.draft_metrics import DraftSnapshot
 from serving.metrics import Metrics, ModelSnapshot
+from serving.quiet import Quiet
 from serving.tuning import Tuning
 
 _log = logging.getLogger(__name__)
@@ -89,11 +91,27 @@ class Service:
         self._templates: dict[tuple[str, str], ChatTemplate] = {}
         self._loads: dict[str, _Load] = {}
         try:
-            self.models = ModelManager(settings, self.store, self.engine, DEFAULT_MODEL, self._forget_templates)
+            self.models = ModelManager(
+                settings,
+                self.store,
+                self.engine,
+                DEFAULT_MODEL,
+                self._unloaded,
+                self._has_loaded,
+            )
         except BaseException:
             self.engine.close()
             raise
         self.tuning = Tuning(self.store.home, self.models, threads=settings.threads)
+        self.adaptation = Adaptation(
+            settings,
+            self.store.home,
+            self.engine,
+            self.models.loaded,
+            quiet_s=lambda: self.quiet.seconds,
+            training=lambda: self.tuning.training,
+        )
+        self.quiet = Quiet((self.tuning, self.adaptation))
         self.metrics = Metrics(self._snapshot)
         self.closing = False
         self.active_requests = 0
@@ -120,7 +138,8 @@ class Service:
         self.models.load_adapter(name, stored.path, str(base) if base else None)
 
     def start_tuning(self) -> None:
-        """Serves what fine-tuning has made, and goes on with jobs that were interrupted."""
+        """Serves what fine-tuning has made, goes on with jobs that were interrupted, and lets drafters adapt."""
+        self.adaptation.start()
         try:
             self.tuning.start()
         except EdgeLLMError as error:  # answers need no jobs
@@ -138,6 +157,7 @@ class Service:
     def close(self) -> None:
         """Ends requests that still run, unloads the models, stops the thread and the template processes."""
         self.closing = True
+        self.adaptation.close()
         self.tuning.close(self.settings.grace_seconds)
         self.models.close()
         if not self.engine.close(_CLOSE_S):
@@ -169,13 +189,13 @@ class Service:
                 loaded = await self._load(model)
         leased = Leased(loaded, self.models, own, _Arrival(self.engine))
         self.active_requests += 1
-        self.tuning.request_begins()
+        self.quiet.request_begins()
         try:
             yield leased
         finally:
             leased.arrival.over()
             self.active_requests -= 1
-            self.tuning.request_ends()
+            self.quiet.request_ends()
             self.models.release(loaded)
 
     async def _load(self, model: StoredModel) -> LoadedModel:
@@ -258,16 +278,24 @@ class Service:
             found = self._templates.setdefault(key, found)
         return found
 
-    def _forget_templates(self, model: str) -> None:
+    def _has_loaded(self, model: LoadedModel) -> None:
+        self.adaptation.loaded(model)
+
+    def _unloaded(self, model: str) -> None:
+        self.adaptation.unloaded(model)
         for key in [key for key in self._templates if key[0] == model]:
             self._templates.pop(key).close()
 
     def forget_drafts(self) -> None:
         """Earlier answers and what drafting has learned from them, in memory and on disk. Raises StorageError."""
-        for loaded in self.models.loaded():
-            if (speculator := loaded.runner.speculator) is not None:
-                self.engine.call(speculator.forget).result()
-        forget(self.store.home)
+
+        def all_of_it() -> None:
+            for loaded in self.models.loaded():
+                if (speculator := loaded.runner.speculator) is not None:
+                    self.engine.call(speculator.forget).result()
+            forget(self.store.home)
+
+        self.adaptation.forget(all_of_it)
 
     # --- text to tokens -------------------------------------------------------------------------------------------
 
@@ -321,7 +349,10 @@ class Service:
     def _drafts(self, loaded: LoadedModel) -> DraftSnapshot | None:
         speculator = loaded.runner.speculator
         if speculator is not None:
-            return DraftSnapshot(loaded.name, speculator.snapshot())
+            adapting = self.adaptation.running == loaded.name
+            return DraftSnapshot(
+                loaded.name, speculator.snapshot(), adapted=self.adaptation.figures(loaded.name), adapting=adapting
+            )
         return DraftSnapshot(loaded.name, None, no_drafting(loaded.runner.model, self.settings) or "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
@@ -36,9 +35,6 @@ from edgellm.tune.names import ORGANISATION
 from edgellm.tune.process import torch_missing
 from edgellm.tune.served import TunedAdapter, TunedModels
 from edgellm.tune.supervisor import Supervisor
-
-QUIET_S = 0.3
-"""How long no request must run before the trainer goes on: halting and continuing it costs caches."""
 
 
 class _ServedModels:
@@ -81,8 +77,7 @@ class Tuning:
         self._database: Database | None = None
         self._files: FileStore | None = None
         self._supervisor: Supervisor | None = None
-        self._busy = 0  # requests; touched by the event loop alone
-        self._timer: asyncio.TimerHandle | None = None
+        self._yielding = False
         self._stop_by_s: float | None = None
 
     def start(self) -> None:
@@ -127,7 +122,7 @@ class Tuning:
                     threads=self._threads,
                     hashes=self._hashes,
                 )
-                if self._busy:
+                if self._yielding:
                     self._supervisor.give_way()
             supervisor = self._supervisor
         if self._stop_by_s is None:
@@ -230,25 +225,23 @@ class Tuning:
 
     # --- giving way -----------------------------------------------------------------------------------------------
 
-    def request_begins(self) -> None:
-        """The trainer halts at once. On the event loop, like `request_ends`."""
-        self._busy += 1
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._busy == 1 and self._supervisor is not None:
+    def give_way(self) -> None:
+        """The trainer halts at once, also one that starts later."""
+        self._yielding = True
+        if self._supervisor is not None:
             self._supervisor.give_way()
 
-    def request_ends(self) -> None:
-        """A moment after the last one has ended, the trainer goes on."""
-        self._busy -= 1
-        if not self._busy:
-            self._timer = asyncio.get_running_loop().call_later(QUIET_S, self._quiet)
-
-    def _quiet(self) -> None:
-        self._timer = None
+    def go_on(self) -> None:
+        """The machine is the trainer's again."""
+        self._yielding = False
         if self._supervisor is not None:
             self._supervisor.go_on()
+
+    @property
+    def training(self) -> bool:
+        """Whether a job is being trained here."""
+        supervisor = self._supervisor
+        return supervisor is not None and supervisor.running is not None
 
     # --- the end --------------------------------------------------------------------------------------------------
 

@@ -62,12 +62,14 @@ class ModelManager:
         engine: Engine,
         default_model: str,
         on_unload: Callable[[str], None] = lambda _name: None,
+        on_load: Callable[[LoadedModel], None] = lambda _loaded: None,
     ) -> None:
-        """`default_model` is used when the settings name no model; `on_unload` hears the names of models that leave.
+        """`default_model` is used when the settings name no model; `on_unload` hears the names of models that leave;
+        `on_load` gets a model that has come before it answers anybody, on the thread that loads it.
 
         Raises ModelNotFoundError.
         """
-        self._on_unload = on_unload
+        self._on_unload, self._on_load = on_unload, on_load
         self._settings = settings
         self._store = store
         self._engine = engine
@@ -222,6 +224,7 @@ class ModelManager:
                 self._engine.call(speculator.prepare).result()
             for record in records:
                 self._attach_again(loaded, record, model)
+            self._on_load(loaded)
         except BaseException:
             self._engine.remove(runner)
             raise

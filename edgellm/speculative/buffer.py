@@ -21,7 +21,8 @@ MAX_BYTES = 4 << 20
 PROMPT_TOKENS = 256
 """Of a prompt, from its end: as many as a drafter reads."""
 
-_ANSWER_TOKENS = 4096  # of an answer, from its beginning
+ANSWER_TOKENS = 4096
+"""Of an answer, from its beginning."""
 _KEPT_SHARE = 0.75  # of a full buffer: it is seldom written anew
 _MAGIC = b"edgellm said 01\n"
 _HEAD = struct.Struct("<16s32s")  # what it is, fingerprint of the target's vocabulary
@@ -66,7 +67,7 @@ class AnswerBuffer:
         if not answer:
             return
         room = (self.max_bytes - len(self._head) - _RECORD.size) // _TOKEN_BYTES
-        said = answer[: min(_ANSWER_TOKENS, room)]
+        said = answer[: min(ANSWER_TOKENS, room)]
         most = min(self.prompt_tokens, room - len(said))
         data = _pack(prompt[len(prompt) - min(len(prompt), most) :], said)
         with self._lock, self._opened() as descriptor:

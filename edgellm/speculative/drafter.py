@@ -8,6 +8,7 @@ OmniDraft (arXiv 2507.02659, section 3.3) decides likewise, by a head on the dra
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,8 @@ class Drafter:
             self.acceptance.learn(evidence, fit)
 
     def forget(self) -> None:
-        """What was learned from answers."""
+        """What was learned from answers, the adapter included."""
+        self.set_adapter(None)
         self.acceptance, self.chance = Acceptance(_WEIGHTS), _CHANCE
         self.bridge.cache.clear()
 
@@ -150,6 +152,7 @@ class Drafter:
         for holder in self._holders:
             if holder is not None:
                 self._leave(holder)
+        self.chance = max(self.chance, _CHANCE)  # of a drafter that did badly, it is found out anew
         before, self._adapter = self._adapter, adapter
         if before is not None and before is not adapter:
             before.close()
@@ -198,7 +201,9 @@ class Drafter:
             batch.extend(run.feed, run.position, run.state.sequence, outputs=1)
             run.position += len(run.feed)
             rows.append(batch.n_tokens - 1)
+        started = time.perf_counter()
         self.context.decode(batch)
+        self.costs.observe(batch.n_tokens, time.perf_counter() - started)  # an adapter makes steps take longer
         return [(run, self.context.logits(row)) for run, row in zip(runs, rows, strict=True)]
 
     def _read(self, runs: Sequence[_Run]) -> None:

@@ -20,13 +20,11 @@ from edgellm.speculative.drafter import Drafter
 from edgellm.speculative.learned import Learned, read_learned, write_learned
 from edgellm.speculative.lookup import History, Lookup
 from edgellm.speculative.ngram_cache import NgramCache, vocabulary_fingerprint
+from edgellm.speculative.places import FOLDER, learned_path, ngrams_path
 from edgellm.speculative.speculator import Speculator
 
 _log = logging.getLogger(__name__)
 _HISTORY_TOKENS = 1 << 17  # of earlier answers that are remembered; about 8 MB
-_LEARNED = "learned.json"
-FOLDER = "speculative"
-"""Below the state directory; a folder for each model in it."""
 
 
 def no_drafting(model: Model, settings: Settings) -> str | None:
@@ -55,9 +53,9 @@ def load_speculator(
     the target only if `measured` is set. `drafter` are the small model, if one is to draft, and its context; they
     belong to the speculator from now on.
     """
-    folder = home / FOLDER / model.path.stem
+    path = learned_path(home, model.path)
     machine = _machine(model, context, settings)
-    learned = read_learned(folder / _LEARNED, machine) or Learned({}, {})
+    learned = read_learned(path, machine) or Learned({}, {})
     small = _drafter(model, *drafter, home) if drafter is not None else None
     speculator = Speculator([Lookup(History(_HISTORY_TOKENS))], StepCosts(learned.steps), small)
 
@@ -72,13 +70,13 @@ def load_speculator(
         before = learned.weights.get(proposer.name, ())
         if len(before) == len(proposer.acceptance.weights):
             proposer.acceptance.weights = list(before)
-    speculator.save = _saver(speculator, folder / _LEARNED, machine)
+    speculator.save = _saver(speculator, path, machine)
     return speculator
 
 
 def _drafter(target: Model, model: Model, context: Context, home: Path) -> Drafter:
     prints = vocabulary_fingerprint(model.vocab), vocabulary_fingerprint(target.vocab)
-    path = home / FOLDER / f"{prints[0].hex()[:16]}-{prints[1].hex()[:16]}.ngrams"
+    path = ngrams_path(home, *prints)
     cache = NgramCache.load(path, *prints)
     drafter = Drafter(model, context, Bridge(model.vocab, target.vocab, cache), StepCosts())
     drafter.cache_path = path

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.errors import AdapterError, ConfigError, EdgeLLMError, ModelError, StorageError
-from edgellm.tune.adaptation_spec import AdaptationSpec
+from edgellm.tune.adaptation_spec import AdaptationSpec, option
 from edgellm.tune.giving_way import GivingWay
 from edgellm.tune.own_process import CHILD, step_back, stop_wanted
 
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> AdaptationSpec:
     """An option for each of the fields, `--from` for `earlier`. Raises ConfigError; argparse ends the process."""
     parser = argparse.ArgumentParser(prog="python -m edgellm.tune.adaptation", description=__doc__.split("\n")[0])
     for field in fields(AdaptationSpec):
-        flag = "--from" if field.name == "earlier" else "--" + field.name.replace("_", "-")
+        flag = option(field.name)
         kinds = {"int": int, "float": float, "str": str}
         text = _HELP.get(field.name, "default: %(default)s")
         if field.type == "bool":

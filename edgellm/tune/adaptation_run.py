@@ -37,7 +37,7 @@ from edgellm.tune.export import export_adapter
 from edgellm.tune.held_out import divide
 from edgellm.tune.lora import Lora, LoraConfig
 from edgellm.tune.scheme import parse_scheme
-from edgellm.tune.teacher import Teacher, longest_of
+from edgellm.tune.teacher import Likeliest, Teacher, as_written, longest_of
 from edgellm.tune.weights import BaseWeights, compute_type
 
 Report = Callable[[dict[str, Any]], None]
@@ -141,18 +141,27 @@ class _Adaptation:
             drafter.close()
 
     def _answers(self, bridge: Bridge, training: Sequence[Record]) -> list[DraftedAnswer]:
-        """The records as the drafter learns them, with what the target held likely."""
+        """The records as the drafter learns them."""
         spec, found, to_drafter = self._spec, [], direct_tokens(bridge)
+        with self._teacher(training) as likeliest:
+            for number, record in enumerate(training, 1):
+                found.append(drafted(bridge, record, likeliest(record), to_drafter, most_tokens=spec.row_tokens))
+                self._report({"event": "asked", "record": number, "records": len(training)})
+        return [answer for answer in found if answer is not None]
+
+    @contextmanager
+    def _teacher(self, training: Sequence[Record]) -> Iterator[Callable[[Record], Likeliest]]:
+        """Says what the target held likely."""
+        spec = self._spec
+        if not spec.top:
+            yield as_written
+            return
         target = load_packed(spec.target)
         try:
             with Teacher(target, longest=longest_of(training), threads=spec.threads, top=spec.top) as teacher:
-                for number, record in enumerate(training, 1):
-                    likeliest = teacher.likeliest(record)
-                    found.append(drafted(bridge, record, likeliest, to_drafter, most_tokens=spec.row_tokens))
-                    self._report({"event": "asked", "record": number, "records": len(training)})
+                yield teacher.likeliest
         finally:
             target.close()
-        return [answer for answer in found if answer is not None]
 
     def _train(self, answers: Sequence[DraftedAnswer], path: Path) -> int:
         """Writes the trained adapter to `path`; how many steps there were."""

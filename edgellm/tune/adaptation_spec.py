@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from edgellm.errors import ConfigError
 from edgellm.tune.scheme import check_scheme
 
-_WHOLE = ("epochs", "batch_size", "rank", "top", "drafts", "row_tokens", "threads", "answers", "measured")
+_WHOLE = ("epochs", "batch_size", "rank", "drafts", "row_tokens", "threads", "answers", "measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class AdaptationSpec:
     learning_rate: float = 1e-3
     rank: int = 32  # alpha is twice the rank
     sparsity: str = "none"  # what is trained: edgellm/tune/scheme.py; `earlier` keeps its own, and its rank
-    top: int = 8  # tokens whose probabilities the target is asked for at each place
+    top: int = 0  # tokens whose probabilities the target is asked for at each place; 0: what it wrote is all it wanted
     row_tokens: int = 768  # of an answer with its prompt, in drafter tokens
     recompute: bool = False  # half the memory for a third more time
     drafts: int = 4  # tokens of a draft, while acceptance is measured
@@ -40,6 +40,8 @@ class AdaptationSpec:
         for name in _WHOLE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.top < 0:
+            raise ConfigError(f"top must be at least 0, not {self.top}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"the learning rate must be a positive number, not {self.learning_rate}")
         if not 0 <= self.margin < 1:
@@ -47,3 +49,19 @@ class AdaptationSpec:
         if self.sparsity == "auto":
             raise ConfigError("sparsity: an adaptation needs a scheme")
         check_scheme(self.sparsity)
+
+    def options(self) -> list[str]:
+        """What the process `edgellm.tune.adaptation` is told with."""
+        found: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is True:
+                found.append(option(field.name))
+            elif value is not None and value is not False:
+                found += [option(field.name), str(value)]
+        return found
+
+
+def option(field: str) -> str:
+    """A field's name on the command line."""
+    return "--from" if field == "earlier" else "--" + field.replace("_", "-")

@@ -17,8 +17,8 @@ class Ownership:
     Who holds it may call `JobStore.recover`: whatever is running then has no process. A trainer must not inherit it.
     """
 
-    def __init__(self, home: Path) -> None:
-        self._path = home / LOCK
+    def __init__(self, home: Path, lock: str = LOCK) -> None:
+        self._path = home / lock
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:

@@ -76,13 +76,14 @@ class TrainerProcess:
 
     def __init__(
         self,
-        spec: Mapping[str, Any] | Spec,
+        spec: Mapping[str, Any] | Spec | None,
         on_event: OnEvent,
         *,
         log: Path | None = None,
         command: Sequence[str] = TRAINER,
     ) -> None:
-        """`on_event` is called within `wait`. `log` takes what the trainer writes to its standard error.
+        """`spec` becomes the last argument of `command`; None: that has all it needs. `on_event` is called within
+        `wait`. `log` takes what the trainer writes to its standard error.
 
         Raises StorageError if the log cannot be written or no process can be made.
         """
@@ -95,11 +96,11 @@ class TrainerProcess:
         self._paused = self._stopping = self._killed = False
         self._over: Outcome | None = None
         self._kills = _oom_kills()
-        order = spec.to_json() if not isinstance(spec, Mapping) else json.dumps(dict(spec))
+        order = [] if spec is None else [json.dumps(dict(spec)) if isinstance(spec, Mapping) else spec.to_json()]
         try:
             self._log = None if log is None else os.fdopen(_private(log), "ab", buffering=0)
             self._process = subprocess.Popen(
-                [*command, order],
+                [*command, *order],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -88,6 +88,11 @@ class Supervisor:
                 self._thread = threading.Thread(target=self._work, name="edgellm-tuning", daemon=True)
                 self._thread.start()
 
+    @property
+    def running(self) -> str | None:
+        """The job that is being trained here."""
+        return self._running
+
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()

@@ -67,6 +67,11 @@ class Teacher:
         self.close()
 
 
+def as_written(record: Record) -> Likeliest:
+    """As if the target had been sure of each token of the answer: nothing is computed."""
+    return np.array(record.answer, np.int32)[:, None], np.ones((len(record.answer), 1), np.float32)
+
+
 def longest_of(records: Sequence[Record]) -> int:
     """What `Teacher` wants to know of them."""
     return 1 + max(len(record.prompt) + len(record.answer) for record in records)

@@ -50,6 +50,12 @@ def drafting_models(samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
             models[sample.labels["model"]] = facts
         elif sample.name in ("target_calls", "target_tokens"):
             facts[sample.name] = int(sample.value)
+        elif sample.name == "drafter_adaptations":
+            facts.setdefault("adaptations", {})[sample.labels["result"]] = int(sample.value)
+        elif sample.name == "drafter_acceptance":
+            facts.setdefault("held_out_acceptance", {})[sample.labels["adapter"]] = sample.value
+        elif sample.name in ("drafter_adapting", "drafter_adaptation_cpu_seconds"):
+            facts[sample.name] = sample.value
         elif sample.name in _FIGURES:
             proposer = facts["proposers"].setdefault(sample.labels["proposer"], {})
             name = _FIGURES[sample.name]
@@ -77,6 +83,23 @@ def _print(name: str, facts: dict[str, Any]) -> None:
             f"{figures['saved_s']:,.1f} s",
         )
     console.print(table)
+    if "adaptations" in facts:
+        console.print(adaptation_line(facts), soft_wrap=True)
+
+
+def adaptation_line(facts: dict[str, Any]) -> str:
+    """What came of adapting the model's drafter, in words."""
+    done = facts["adaptations"]
+    now = "is being adapted; " if facts["drafter_adapting"] else ""
+    tries = sum(done.values())
+    if not tries:
+        return f"drafter: {now}not adapted yet"
+    line = f"drafter: {now}{tries} adaptation{'' if tries == 1 else 's'}, {done['taken']} taken"
+    line += f", {facts['drafter_adaptation_cpu_seconds']:,.0f} s of CPU"
+    rates = facts.get("held_out_acceptance", {})
+    if len(rates) == 2:
+        line += f"; accepted on answers held out: {rates['in use']:.1%}, {rates['none']:.1%} without an adapter"
+    return line
 
 
 def run_forget(url: str, api_key: str | None) -> None:

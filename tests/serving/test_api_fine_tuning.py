@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from serving import tuning as tuning_module
+from serving import quiet as quiet_module
 from serving.tuning import Tuning
 from tests.serving.server import START_S, Server, serving, wait_until
 from tests.support.tiny_gguf import write_tiny_llama, write_tiny_mamba
@@ -425,20 +425,22 @@ class _Recorder:
 
 
 def test_requests_halt_the_trainer_until_the_last_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning_module, "QUIET_S", 0.01)
+    monkeypatch.setattr(quiet_module, "QUIET_S", 0.01)
 
     async def story() -> list[str]:
         tuning = Tuning(tmp_path, None, threads=1)  # type: ignore[arg-type]
         recorder = _Recorder()
         tuning._supervisor = recorder  # type: ignore[assignment]
-        tuning.request_begins()
+        quiet = quiet_module.Quiet((tuning,))
+        quiet.request_begins()
         assert recorder.told == ["give way"]
-        tuning.request_begins()
-        tuning.request_ends()
-        tuning.request_ends()
-        tuning.request_begins()  # within the pause: it never went on
-        assert tuning._timer is None
-        tuning.request_ends()
+        assert quiet.seconds < 0
+        quiet.request_begins()
+        quiet.request_ends()
+        quiet.request_ends()
+        assert quiet.seconds >= 0
+        quiet.request_begins()  # within the pause: it never went on
+        quiet.request_ends()
         await recorder.went_on.wait()
         return recorder.told
 

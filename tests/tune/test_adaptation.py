@@ -292,7 +292,7 @@ def start(spec: AdaptationSpec, *more: str, **environment: str) -> subprocess.Po
 def test_options_are_the_fields(spec: AdaptationSpec) -> None:
     found = parse(command(spec, "--from", "old.gguf", "--recompute", "--row-tokens", "99", "--margin", "0.5"))
     assert (found.earlier, found.recompute, found.row_tokens, found.margin) == (Path("old.gguf"), True, 99, 0.5)
-    assert (found.drafter, found.output, found.rank, found.top) == (spec.drafter, spec.output, 8, 8)
+    assert (found.drafter, found.output, found.rank, found.top) == (spec.drafter, spec.output, 8, 0)
     assert parse(command(spec)).earlier is None
 
 
