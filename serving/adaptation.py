@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgellm.backend.model import Adapter
 from edgellm.config import Settings
+from edgellm.engine.draft_loading import drafter_file, load_small
 from edgellm.engine.engine import Engine
 from edgellm.engine.loaded import LoadedModel
+from edgellm.engine.manager import ModelManager
 from edgellm.engine.threads import default_threads
-from edgellm.errors import EdgeLLMError
+from edgellm.errors import ConfigError, EdgeLLMError
+from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.buffer import AnswerBuffer
 from edgellm.speculative.collector import Collector
 from edgellm.speculative.drafter import Drafter
@@ -35,13 +37,13 @@ class Adaptation:
         settings: Settings,
         home: Path,
         engine: Engine,
-        loaded: Callable[[], Sequence[LoadedModel]],
+        models: ModelManager,
         *,
         quiet_s: Callable[[], float],
         training: Callable[[], bool],
     ) -> None:
         """`quiet_s`: for how many seconds nobody has waited. `training`: whether a fine-tuning job runs."""
-        self._home, self._engine, self._loaded = home, engine, loaded
+        self._settings, self._home, self._engine, self._models = settings, home, engine, models
         self._wanted = settings.adapt == "on"
         self._learns = False
         self._collector = Collector()
@@ -58,19 +60,14 @@ class Adaptation:
     # --- models ---------------------------------------------------------------------------------------------------
 
     def loaded(self, model: LoadedModel) -> None:
-        """A model has come into memory, and answers nobody yet: it is drafted for with what was learned.
-
-        On the loading thread. A drafter whose adapter cannot be used drafts without.
-        """
+        """A model has come into memory, and answers nobody yet. On the loading thread."""
         speculator = model.runner.speculator
         if speculator is None or speculator.drafter is None:
             return
         try:
             pair = self._pair(model, speculator.drafter)
-            if pair.adapter.is_file():
-                pair.take(pair.adapter)
         except (EdgeLLMError, OSError) as error:
-            _log.error("%s is drafted for as if nothing had been learned: %s", model.name, error)
+            _log.error("the drafter of %s does not adapt: %s", model.name, error)
             return
         with self._lock:
             self._known[model.name] = pair
@@ -84,7 +81,7 @@ class Adaptation:
         if torch_missing():
             _log.info("drafters do not adapt: pip install 'edgellm[tune]'")
             return
-        models = {model.name: model for model in self._loaded()}
+        models = {model.name: model for model in self._models.loaded()}
         with self._lock:
             self._learns = True
             for name, pair in self._known.items():
@@ -106,22 +103,45 @@ class Adaptation:
             self._known.pop(model, None)
 
     def _pair(self, model: LoadedModel, drafter: Drafter) -> Pair:
-        target, small = model.info.path, drafter.model
+        target, small = model.info.path, drafter_file(self._settings)
+        if small is None:
+            raise ConfigError("the settings name no drafter")
+        answers = AnswerBuffer(answers_path(self._home, target), vocabulary_fingerprint(model.vocab))
+        adapter = adapter_path(self._home, target, small)
+        return Pair(model.name, target, small, answers, adapter, lambda path: self._take(model, drafter, path))
 
-        def take(path: Path | None) -> None:
-            def swap() -> None:
-                speculator = model.runner.speculator
-                if speculator is not None and speculator.drafter is drafter:  # it has not failed meanwhile
-                    drafter.set_adapter(None if path is None else Adapter(small, path))
+    def _take(self, model: LoadedModel, drafter: Drafter, path: Path) -> None:
+        """Drafts with the model in the file `path` from the next step on; on a thread that may take its time."""
+        leased = self._models.acquire_loaded(model.name)
+        if leased is None:
+            return
+        try:
+            if leased is model:
+                self._swap(model, drafter, path)
+        finally:
+            self._models.release(leased)
 
-            self._engine.call(swap).result()
+    def _swap(self, model: LoadedModel, drafter: Drafter, path: Path) -> None:
+        small, context = load_small(path, self._settings)
+        bridge = Bridge(small.vocab, model.vocab, drafter.bridge.cache)
 
-        fingerprint = vocabulary_fingerprint(model.vocab)
-        answers = AnswerBuffer(answers_path(self._home, target), fingerprint)
-        return Pair(model.name, target, small.path, answers, adapter_path(self._home, target, small.path), take)
+        def swap() -> bool:
+            speculator = model.runner.speculator
+            if speculator is None or speculator.drafter is not drafter:  # it has failed, or was unloaded
+                return False
+            drafter.swap(small, context, bridge)
+            return True
+
+        taken = False
+        try:
+            taken = self._engine.call(swap).result()
+        finally:
+            if not taken:
+                context.close()
+                small.close()
 
     def _pairs(self) -> list[Pair]:
-        present = {model.name for model in self._loaded()}
+        present = {model.name for model in self._models.loaded()}
         with self._lock:
             return [pair for name, pair in self._known.items() if name in present]
 
@@ -152,6 +172,8 @@ class Adaptation:
         try:
             with self._collector.forgetting():
                 delete()
+            for pair in self._pairs():
+                pair.take(pair.drafter)
         finally:
             self._adapting.release()
 

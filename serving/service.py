@@ -107,7 +107,7 @@ class Service:
             settings,
             self.store.home,
             self.engine,
-            self.models.loaded,
+            self.models,
             quiet_s=lambda: self.quiet.seconds,
             training=lambda: self.tuning.training,
         )

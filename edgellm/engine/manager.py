@@ -211,7 +211,7 @@ class ModelManager:
         if info.is_adapter:
             raise ModelUnsupportedError(f"'{model.name}' is a LoRA adapter, not a model")
         plan = plan_load(info, self._settings, self.budget_bytes)
-        drafter = drafter_memory(self._settings)
+        drafter = drafter_memory(self._settings, model.path)
         needed = plan.memory.total_bytes + (drafter.total_bytes if drafter is not None else 0)
         self._make_room(model.name, needed)
         runner = load_runner(info, self._settings, plan)

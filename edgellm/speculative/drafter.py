@@ -18,10 +18,12 @@ import numpy as np
 
 from edgellm.backend.batch import Batch
 from edgellm.backend.context import Context, ContextParams, Floats
-from edgellm.backend.model import Adapter, Model
+from edgellm.backend.model import Model, load_packed
+from edgellm.backend.vocab import Vocab
 from edgellm.speculative.acceptance import Acceptance
-from edgellm.speculative.bridge import Bridge, Mapped, Way
+from edgellm.speculative.bridge import EVERY_WAY, Bridge, Mapped, Way
 from edgellm.speculative.costs import StepCosts
+from edgellm.speculative.ngram_cache import NgramCache
 from edgellm.speculative.proposer import Evidence, Guess, Outlook, Prompt, Want
 from edgellm.speculative.transcript import Transcript
 
@@ -57,6 +59,19 @@ def drafter_context(model: Model, *, threads: int, flash_attention: Literal["aut
             flash_attention=flash_attention,
         ),
     )
+
+
+def load_drafter(
+    path: Path, target: Vocab, *, threads: int, cache: NgramCache | None = None, ways: Way = EVERY_WAY
+) -> Drafter:
+    """The drafter in a file, whose step times are not known. Raises ModelLoadError."""
+    model = load_packed(path)
+    try:
+        bridge = Bridge(model.vocab, target, NgramCache() if cache is None else cache, ways=ways)
+        return Drafter(model, drafter_context(model, threads=threads), bridge, StepCosts())
+    except BaseException:
+        model.close()
+        raise
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +117,6 @@ class Drafter:
         self._batch = Batch(BATCH_TOKENS)
         self._holders: list[_State | None] = [None] * SEQUENCES
         self._turn = 0
-        self._adapter: Adapter | None = None
 
     # --- one answer -----------------------------------------------------------------------------------------------
 
@@ -137,25 +151,21 @@ class Drafter:
             self.acceptance.learn(evidence, fit)
 
     def forget(self) -> None:
-        """What was learned from answers, the adapter included."""
-        self.set_adapter(None)
+        """What was learned from answers, but for the model itself."""
         self.acceptance, self.chance = Acceptance(_WEIGHTS), _CHANCE
         self.bridge.cache.clear()
 
-    def set_adapter(self, adapter: Adapter | None) -> None:
-        """Drafts with `adapter`, loaded for `model`, from now on, or without any. It belongs to the drafter then, and
-        the one before is closed. Answers under way are read anew, for cells hold what was computed without it.
-
-        Raises BackendError, with everything as it was.
-        """
-        self.context.set_adapters([] if adapter is None else [(adapter, 1.0)])
+    def swap(self, model: Model, context: Context, bridge: Bridge) -> None:
+        """Drafts with another model from now on; `context` is that of `drafter_context`. They are the drafter's own
+        then, and those before are closed. Answers under way are read anew."""
         for holder in self._holders:
             if holder is not None:
                 self._leave(holder)
+        before = self.context, self.model
+        self.model, self.context, self.bridge = model, context, bridge
         self.chance = max(self.chance, _CHANCE)  # of a drafter that did badly, it is found out anew
-        before, self._adapter = self._adapter, adapter
-        if before is not None and before is not adapter:
-            before.close()
+        for one in before:
+            one.close()
 
     # --- drafting -------------------------------------------------------------------------------------------------
 
@@ -203,7 +213,7 @@ class Drafter:
             rows.append(batch.n_tokens - 1)
         started = time.perf_counter()
         self.context.decode(batch)
-        self.costs.observe(batch.n_tokens, time.perf_counter() - started)  # an adapter makes steps take longer
+        self.costs.observe(batch.n_tokens, time.perf_counter() - started)
         return [(run, self.context.logits(row)) for run, row in zip(runs, rows, strict=True)]
 
     def _read(self, runs: Sequence[_Run]) -> None:
@@ -253,10 +263,8 @@ class Drafter:
         state.sequence, state.cached, state.drafted, state.transcript = -1, 0, [], None
 
     def close(self) -> None:
-        """Frees context, adapter and model."""
+        """Frees context and model."""
         self.context.close()
-        if self._adapter is not None:
-            self._adapter.close()
         self.model.close()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-
-from edgellm.models.files import sha256_file
 
 FOLDER = "speculative"
 _MARK_DIGITS = 16
+_READ_BYTES = 1 << 20
 
 
 def model_folder(home: Path, target: Path) -> Path:
@@ -26,9 +26,25 @@ def answers_path(home: Path, target: Path) -> Path:
 
 
 def adapter_path(home: Path, target: Path, drafter: Path) -> Path:
-    """The adapter with which the model in the file `drafter` drafts, if there is one: another file has another. Reads
-    the whole file. Raises OSError."""
-    return model_folder(home, target) / f"{drafter.stem}-{sha256_file(drafter)[:_MARK_DIGITS]}.gguf"
+    """What the model in the file `drafter` has learned of `target`, if it has; another file has another. Raises OSError
+    if there is no such file."""
+    return model_folder(home, target) / f"{drafter.stem}-{file_mark(drafter)}.gguf"
+
+
+def merged_path(adapter: Path) -> Path:
+    """The drafter with `adapter` in its weights: what drafts."""
+    return adapter.with_suffix(".merged.gguf")
+
+
+def file_mark(path: Path) -> str:
+    """Tells a model's file from others by its size, its beginning and its end. Raises OSError."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_READ_BYTES))
+        file.seek(max(0, size - _READ_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:_MARK_DIGITS]
 
 
 def ngrams_path(home: Path, drafter: bytes, target: bytes) -> Path:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -36,9 +37,22 @@ _HELP = {
 }
 
 
+_speaking = threading.Lock()
+
+
 def _report(event: dict[str, Any]) -> None:
+    with _speaking:
+        _say(event)
+
+
+def _say(event: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
+
+
+def _last_words() -> None:
+    _speaking.acquire()  # for good: nothing is said behind them
+    _say({"event": "stopped"})
 
 
 def parse(arguments: Sequence[str]) -> AdaptationSpec:
@@ -62,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     step_back()
     # Torch brings an OpenMP of its own; its threads must not spin where the server's want the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    way = GivingWay(lambda: _report({"event": "stopped"}))
+    way = GivingWay(_last_words)
     if os.environ.get(CHILD) == "1":
         way.when(stop_wanted(sys.stdin))
     try:

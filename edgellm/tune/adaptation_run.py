@@ -10,22 +10,22 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from edgellm.backend.model import Adapter, VocabFile, load_packed
+from edgellm.backend.model import VocabFile, load_packed
 from edgellm.backend.vocab import Vocab
 from edgellm.errors import StorageError
 from edgellm.models.files import publish
 from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.buffer import AnswerBuffer, Record
-from edgellm.speculative.costs import StepCosts
-from edgellm.speculative.drafter import Drafter, drafter_context
+from edgellm.speculative.drafter import load_drafter
 from edgellm.speculative.ngram_cache import NgramCache, vocabulary_fingerprint
+from edgellm.speculative.places import merged_path
 from edgellm.speculative.replay import Replay, replay
 from edgellm.tune.adaptation_spec import AdaptationSpec
 from edgellm.tune.adapter_read import read_adapter
@@ -36,11 +36,13 @@ from edgellm.tune.drafted import DraftedAnswer, direct_tokens, drafted
 from edgellm.tune.export import export_adapter
 from edgellm.tune.held_out import divide
 from edgellm.tune.lora import Lora, LoraConfig
+from edgellm.tune.merge import merge_adapter
 from edgellm.tune.scheme import parse_scheme
 from edgellm.tune.teacher import Likeliest, Teacher, as_written, longest_of
 from edgellm.tune.weights import BaseWeights, compute_type
 
 Report = Callable[[dict[str, Any]], None]
+_NEW = "new.gguf"
 
 
 class Ways(Protocol):
@@ -60,7 +62,7 @@ class Ways(Protocol):
 class Result:
     """What came of it. Acceptance is None where it was not measured."""
 
-    accepted: bool  # the adapter lies at `output`; else nothing was written there
+    accepted: bool  # the adapter lies at `output`, the drafter with it beside; else nothing was written
     reason: str
     records: int  # in the buffer
     held_out: int  # of these, that it was measured on
@@ -115,35 +117,22 @@ class _Adaptation:
             self._report({"event": "data", **self._counts})
             if not held_out or len(training) < spec.batch_size:
                 return self._result(False, "there are too few answers to learn from and to measure on")
-            drafter = stack.enter_context(self._drafter(target.vocab))
-            answers = self._answers(drafter.bridge, training)
+            answers = self._answers(target.vocab, training)
             if not answers:
                 return self._result(False, "no token of the target's answers is one of the drafter's")
             try:
                 work = stack.enter_context(self._ways.folder(spec.output.parent / f".{spec.output.name}.adapting"))
             except OSError as error:
                 raise StorageError(f"the adapter cannot be written: {error.strerror}") from None
-            steps = self._train(answers, work / "new.gguf")
-            return self._judge(drafter, held_out, work / "new.gguf", steps)
+            steps = self._train(answers, work / _NEW)
+            return self._judge(target.vocab, held_out, work, steps)
 
-    @contextmanager
-    def _drafter(self, target: Vocab) -> Iterator[Drafter]:
-        model = load_packed(self._spec.drafter)
-        try:
-            context = drafter_context(model, threads=self._spec.threads)
-        except BaseException:
-            model.close()
-            raise
-        drafter = Drafter(model, context, Bridge(model.vocab, target, NgramCache()), StepCosts(None))
-        try:
-            yield drafter
-        finally:
-            drafter.close()
-
-    def _answers(self, bridge: Bridge, training: Sequence[Record]) -> list[DraftedAnswer]:
+    def _answers(self, target: Vocab, training: Sequence[Record]) -> list[DraftedAnswer]:
         """The records as the drafter learns them."""
-        spec, found, to_drafter = self._spec, [], direct_tokens(bridge)
-        with self._teacher(training) as likeliest:
+        spec, found = self._spec, []
+        with closing(VocabFile(spec.drafter)) as mine, self._teacher(training) as likeliest:
+            bridge = Bridge(mine.vocab, target, NgramCache())
+            to_drafter = direct_tokens(bridge)
             for number, record in enumerate(training, 1):
                 found.append(drafted(bridge, record, likeliest(record), to_drafter, most_tokens=spec.row_tokens))
                 self._report({"event": "asked", "record": number, "records": len(training)})
@@ -198,20 +187,24 @@ class _Adaptation:
         sites = parse_scheme(spec.sparsity, decoder.shape.layers)
         return Lora(decoder.shape, sites, LoraConfig(spec.rank, ALPHA_RANKS * spec.rank), seed=spec.seed)
 
-    def _judge(self, drafter: Drafter, held_out: Sequence[Record], path: Path, steps: int) -> Result:
-        spec = self._spec
-        without = before = self._measure(drafter, None, held_out)
-        if spec.earlier is not None:
-            earlier = self._measure(drafter, spec.earlier, held_out)
-            before = max(without, earlier, key=lambda one: one.acceptance)
-        after = self._measure(drafter, path, held_out)
-        better = is_better(before, after, spec.margin)
-        if better:
-            self._ways.settle()  # an adapter that is there is also told of
-            try:
-                publish(path, spec.output)
-            except OSError as error:
-                raise StorageError(f"the adapter cannot be written: {error.strerror}") from None
+    def _judge(self, target: Vocab, held_out: Sequence[Record], work: Path, steps: int) -> Result:
+        """Measures models with the adapters in their weights: those are what drafts."""
+        spec, new, merged = self._spec, work / _NEW, merged_path(work / _NEW)
+        without = before = self._measure("none", spec.drafter, target, held_out)
+        try:
+            if spec.earlier is not None:
+                self._merge(spec.earlier, merged)
+                earlier = self._measure("earlier", merged, target, held_out)
+                before = max(without, earlier, key=lambda one: one.acceptance)
+            self._merge(new, merged)
+            after = self._measure("new", merged, target, held_out)
+            better = is_better(before, after, spec.margin)
+            if better:
+                self._ways.settle()  # an adapter that is there is also told of
+                publish(merged, merged_path(spec.output))
+                publish(new, spec.output)
+        except OSError as error:
+            raise StorageError(f"the adapter cannot be written: {error.strerror}") from None
         return self._result(
             better,
             "it drafts better than before" if better else "it does not draft better than before, by the margin",
@@ -223,10 +216,14 @@ class _Adaptation:
             tokens_per_call_after=after.tokens_per_call,
         )
 
-    def _measure(self, drafter: Drafter, adapter: Path | None, records: Sequence[Record]) -> Replay:
-        drafter.set_adapter(None if adapter is None else Adapter(drafter.model, adapter))
-        found = sum(replay(drafter, records, most=self._spec.drafts), Replay())
-        which = "none" if adapter is None else "earlier" if adapter == self._spec.earlier else "new"
+    def _merge(self, adapter: Path, merged: Path) -> None:
+        with self._ways.writing():
+            merge_adapter(self._spec.drafter, adapter, merged, threads=self._spec.threads)
+            merged.chmod(0o600)
+
+    def _measure(self, which: str, path: Path, target: Vocab, records: Sequence[Record]) -> Replay:
+        with closing(load_drafter(path, target, threads=self._spec.threads)) as drafter:
+            found = sum(replay(drafter, records, most=self._spec.drafts), Replay())
         told = {"acceptance": found.acceptance, "tokens_per_call": found.tokens_per_call}
         self._report({"event": "measured", "adapter": which, **told})
         return found

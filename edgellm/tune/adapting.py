@@ -16,6 +16,7 @@ from typing import Any
 from edgellm.errors import EdgeLLMError
 from edgellm.models.memory import available_memory_bytes
 from edgellm.speculative.buffer import AnswerBuffer, Record
+from edgellm.speculative.places import merged_path
 from edgellm.tune.adaptation_spec import AdaptationSpec
 from edgellm.tune.adapted import Adapted, read_adapted, write_adapted
 from edgellm.tune.ownership import Ownership
@@ -42,8 +43,8 @@ class Pair:
     target: Path
     drafter: Path
     answers: AnswerBuffer
-    adapter: Path  # where the adapter in use lies, if there is one
-    take: Callable[[Path | None], None]  # to be drafted with from now on; raises EdgeLLMError
+    adapter: Path  # what was learned last, if anything was
+    take: Callable[[Path], None]  # a model to be drafted with from now on; raises EdgeLLMError
 
     @property
     def figures(self) -> Path:
@@ -237,12 +238,13 @@ class Adapting:
             write_adapted(pair.figures, before.tried(result, records[-1]))
             _log.info("the drafter of %s was adapted: %s", pair.name, told(before.tried(result, records[-1])))
             if result["accepted"]:
-                pair.take(pair.adapter)
+                pair.take(merged_path(pair.adapter))
             return True
         _log.warning("adapting the drafter of %s failed: %s", pair.name, outcome.message)
         if outcome.code == "adapter_unsound":  # the earlier one: without it there is nothing that it lacks
-            pair.take(None)
-            pair.adapter.unlink(missing_ok=True)
+            pair.take(pair.drafter)
+            for path in (pair.adapter, merged_path(pair.adapter)):
+                path.unlink(missing_ok=True)
             return True
         write_adapted(pair.figures, before.broken(records[-1]))
         return True

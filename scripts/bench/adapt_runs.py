@@ -6,19 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.client import BenchError
 from bench.spec_tasks import read_rows as read_text
-from edgellm.backend.model import Adapter, VocabFile, load_packed
-from edgellm.speculative.bridge import EVERY_WAY, Bridge, Way
+from edgellm.backend.model import VocabFile
+from edgellm.speculative.bridge import EVERY_WAY, Way
 from edgellm.speculative.buffer import AnswerBuffer, Record
-from edgellm.speculative.costs import StepCosts
-from edgellm.speculative.drafter import Drafter, drafter_context
-from edgellm.speculative.ngram_cache import NgramCache, vocabulary_fingerprint
+from edgellm.speculative.drafter import Drafter, load_drafter
+from edgellm.speculative.ngram_cache import vocabulary_fingerprint
+from edgellm.speculative.places import merged_path
 from edgellm.speculative.replay import Replay, replay
 from edgellm.tune.adaptation_spec import AdaptationSpec
 from edgellm.tune.draft.answers import answer, encode_messages, write_rows
@@ -81,28 +81,34 @@ def answered(rows: Sequence[Row], models: Models, most_tokens: int, path: Path) 
                 stopped=lambda: False,
             )
             write_rows(path, rows)
-        kept = read_rows(path, vocab.vocab.n_tokens)
     finally:
         vocab.close()
+    kept = kept_answers(path, models.target)
     if len(kept) != len(rows):
         raise BenchError(f"{path} holds {len(kept)} answers of another run: give another --work")
-    return [(row.kind, Record(tuple(row.prompt), tuple(row.answer))) for row in kept]
+    return kept
+
+
+def kept_answers(path: Path, target: Path) -> list[tuple[str, Record]]:
+    """Answers with their kind, from a file that `answered` has written."""
+    vocab = VocabFile(target)
+    try:
+        rows = read_rows(path, vocab.vocab.n_tokens)
+    finally:
+        vocab.close()
+    return [(row.kind, Record(tuple(row.prompt), tuple(row.answer))) for row in rows]
 
 
 @contextmanager
 def drafting(models: Models, ways: Way = EVERY_WAY, learnt: Sequence[Record] = ()) -> Iterator[Drafter]:
     """The drafter; its n-gram cache has seen `learnt`."""
-    target = VocabFile(models.target)
-    model = load_packed(models.drafter)
-    bridge = Bridge(model.vocab, target.vocab, NgramCache(), ways=ways)
-    for record in learnt:
-        bridge.learn(record.answer)
-    drafter = Drafter(model, drafter_context(model, threads=models.threads), bridge, StepCosts(None))
-    try:
+    with ExitStack() as stack:
+        target = stack.enter_context(closing(VocabFile(models.target)))
+        drafter = load_drafter(models.drafter, target.vocab, threads=models.threads, ways=ways)
+        stack.callback(drafter.close)
+        for record in learnt:
+            drafter.bridge.learn(record.answer)
         yield drafter
-    finally:
-        drafter.close()
-        target.close()
 
 
 def measure(drafter: Drafter, records: Sequence[Record]) -> Replay:
@@ -117,27 +123,28 @@ class Stream:
     def __init__(self, models: Models, spec: AdaptationSpec, every: int) -> None:
         """`spec` says how; its paths are used."""
         self._models, self._spec, self._every = models, spec, every
-        self.taken: list[Path] = []
+        self.taken: dict[int, Path] = {}  # adapters, by the answers before them
         self.rounds: list[dict[str, Any]] = []  # results of adaptations, and after how many answers
 
     def follow(self, answers: Sequence[tuple[str, Record]]) -> Iterator[Followed]:
         """Raises BenchError when an adaptation fails."""
-        spec = self._spec
-        with drafting(self._models) as drafter:
-            buffer = AnswerBuffer(spec.buffer, vocabulary_fingerprint(drafter.bridge.target.vocab))
-            for number, (kind, record) in enumerate(answers, 1):
-                yield Followed(kind, len(self.taken), measure(drafter, [record]))
-                buffer.append(record.prompt, record.answer)
-                if number % self._every == 0 and number < len(answers):
-                    adapter = self._adapt(number)
-                    if adapter is not None:
-                        drafter.set_adapter(Adapter(drafter.model, adapter))
+        with closing(VocabFile(self._models.target)) as target:
+            buffer = AnswerBuffer(self._spec.buffer, vocabulary_fingerprint(target.vocab))
+        models = self._models
+        for start in range(0, len(answers), self._every):
+            part = answers[start : start + self._every]
+            with drafting(models) as drafter:
+                for kind, record in part:
+                    yield Followed(kind, len(self.taken), measure(drafter, [record]))
+                    buffer.append(record.prompt, record.answer)
+            number = start + len(part)
+            if number < len(answers) and self._adapt(number):
+                models = replace(models, drafter=merged_path(self.taken[number]))
 
-    def _adapt(self, number: int) -> Path | None:
-        """The new adapter, if it was taken."""
+    def _adapt(self, number: int) -> bool:
+        """Whether the new adapter was taken."""
         output = self._spec.output.with_name(f"adapter-{number}.gguf")
-        earlier = self.taken[-1] if self.taken else None
-        spec = replace(self._spec, output=output, earlier=earlier)
+        spec = replace(self._spec, output=output, earlier=next(reversed(self.taken.values()), None))
         command = [sys.executable, "-m", "edgellm.tune.adaptation", *spec.options()]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         last = json.loads(done.stdout.splitlines()[-1])
@@ -145,7 +152,6 @@ class Stream:
             raise BenchError(f"the adaptation failed: {last.get('message')}")
         self.rounds.append({"answers": number, **last})
         print(f"after {number} answers: {last}", file=sys.stderr, flush=True)
-        if not last["accepted"]:
-            return None
-        self.taken.append(output)
-        return output
+        if last["accepted"]:
+            self.taken[number] = output
+        return bool(last["accepted"])

@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("torch")
 
 from edgellm.backend.model import VocabFile
-from edgellm.models.files import sha256_file
 from edgellm.speculative.buffer import AnswerBuffer, Record
 from edgellm.speculative.ngram_cache import vocabulary_fingerprint
+from edgellm.speculative.places import file_mark, merged_path
 from edgellm.tune.adapting import ANSWERS_NEW
+from edgellm.tune.merge import merge_adapter
 from tests.serving.server import Server, run_edgellm, serving, wait_until
 from tests.support.tiny_gguf import write_tiny_llama, write_tiny_lora
 
@@ -32,7 +33,7 @@ def options(models: Models, *more: str) -> tuple[str, ...]:
 
 
 def ask(server: Server, number: int, **fields: object) -> dict:
-    body = {"prompt": f"hello {number}", "max_tokens": 12, "temperature": 0, **fields}
+    body = {"prompt": f"hello {number}", "max_tokens": 12, "temperature": 0, "ignore_eos": True, **fields}
     answer = server.post("/v1/completions", body)
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -53,7 +54,7 @@ def adaptations(server: Server) -> float:
 
 
 def adapter_of(home: Path, models: Models) -> Path:
-    return home / "speculative" / "target" / f"drafter-{sha256_file(models[1])[:16]}.gguf"
+    return home / "speculative" / "target" / f"drafter-{file_mark(models[1])}.gguf"
 
 
 def test_a_drafter_is_adapted_once_nobody_waits(tmp_path: Path, models: Models) -> None:
@@ -111,8 +112,10 @@ def test_an_adapter_of_the_drafter_is_used_and_forgotten(tmp_path: Path, models:
     path = adapter_of(home, models)
     path.parent.mkdir(parents=True)
     write_tiny_lora(path, models[1])
+    merge_adapter(models[1], path, merged_path(path))
     path.with_suffix(".json").write_text(json.dumps({"version": 1, "taken": 1, "acceptance_after": 0.5}))
     with serving(home, *options(models)) as server:
+        assert f"{merged_path(path).name} drafts for" in server.log.read_text()
         text = ask(server, 1)["choices"][0]["text"]
         assert server.metric("edgellm_drafter_acceptance", model="target", adapter="in use") == 0.5
         assert server.delete("/v1/drafts").status_code == 200
@@ -123,9 +126,9 @@ def test_an_adapter_of_the_drafter_is_used_and_forgotten(tmp_path: Path, models:
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no GGUF at all"])
 def test_an_unsound_adapter_is_no_obstacle(tmp_path: Path, models: Models, content: bytes) -> None:
     home = tmp_path / "home"
-    path = adapter_of(home, models)
+    path = merged_path(adapter_of(home, models))
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     with serving(home, *options(models)) as server:
         assert ask(server, 1)["choices"]
-        assert "as if nothing had been learned" in server.log.read_text()
+        assert "as if it had learned nothing" in server.log.read_text()

@@ -1,4 +1,4 @@
-"""A drafter along known answers, and with adapters: tiny real models in llama.cpp."""
+"""A drafter along known answers, and with other models in its place: tiny real ones in llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.backend.model import Adapter, Model
+from edgellm.backend.model import Model
 from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.buffer import Record
 from edgellm.speculative.costs import StepCosts
@@ -15,7 +15,7 @@ from edgellm.speculative.drafter import BATCH_TOKENS, SEQUENCES, Drafter, drafte
 from edgellm.speculative.ngram_cache import NgramCache
 from edgellm.speculative.proposer import Prompt, Want
 from edgellm.speculative.replay import Replay, replay
-from tests.support.tiny_gguf import write_tiny_llama, write_tiny_lora
+from tests.support.tiny_gguf import write_tiny_llama
 
 PROMPT = tuple(b"hello world, the user is in the name of you and of the world; ")
 Make = Callable[[Path], Drafter]
@@ -59,40 +59,55 @@ def guess(drafter: Drafter, state: object, context: tuple[int, ...]) -> tuple[in
     return () if found is None else found.tokens
 
 
-def test_an_adapter_is_used_at_once_and_no_cell_of_before(tmp_path: Path, base: Path, make: Make) -> None:
-    lora = write_tiny_lora(tmp_path / "a.gguf", base, magnitude=0.4)
-    drafter, with_it, without = make(base), make(base), make(base)
-    with_it.set_adapter(Adapter(with_it.model, lora))
-    states = [one.begin(Prompt(PROMPT, 0.0)) for one in (drafter, with_it, without)]
-    adapted, plain = guess(with_it, states[1], PROMPT), guess(without, states[2], PROMPT)
-    assert adapted != plain
+def swap(drafter: Drafter, path: Path) -> None:
+    model = Model(path)
+    context = drafter_context(model, threads=1, flash_attention="off")
+    drafter.swap(model, context, Bridge(model.vocab, drafter.bridge.target.vocab, drafter.bridge.cache))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return write_tiny_llama(tmp_path / "other.gguf", seed=7)
+
+
+def test_another_model_is_used_at_once_and_no_cell_of_the_one_before(base: Path, other: Path, make: Make) -> None:
+    target = make(base)  # whose vocabulary outlives the models that draft for it
+    drafter, second, first = (make_for(target, path, make) for path in (base, other, base))
+    states = [one.begin(Prompt(PROMPT, 0.0)) for one in (drafter, second, first)]
+    theirs, plain = guess(second, states[1], PROMPT), guess(first, states[2], PROMPT)
+    assert theirs != plain
     assert guess(drafter, states[0], PROMPT) == plain
-    drafter.set_adapter(Adapter(drafter.model, lora))
+    swap(drafter, other)
     drafter.extend(states[0], ())  # an answer under way goes on
-    assert guess(drafter, states[0], PROMPT) == adapted
-    drafter.set_adapter(None)
+    assert guess(drafter, states[0], PROMPT) == theirs
+    swap(drafter, base)
     assert guess(drafter, states[0], PROMPT) == plain
-    drafter.set_adapter(Adapter(drafter.model, lora))  # open when the drafter is closed
 
 
-def test_cells_are_read_anew(tmp_path: Path, base: Path, make: Make) -> None:
-    lora = write_tiny_lora(tmp_path / "a.gguf", base)
-    drafter = make(base)
+def make_for(target: Drafter, path: Path, make: Make) -> Drafter:
+    """A drafter of the file for the vocabulary of another's model."""
+    made = make(path)
+    made.bridge = Bridge(made.model.vocab, target.model.vocab, NgramCache())
+    return made
+
+
+def test_cells_are_read_anew(base: Path, other: Path, make: Make) -> None:
+    target = make(base)
+    drafter = make_for(target, base, make)
     states = [drafter.begin(Prompt(PROMPT, 0.0)) for _ in range(2)]
     drafter.propose([Want(state, PROMPT, 2) for state in states])
-    drafter.set_adapter(Adapter(drafter.model, lora))
+    swap(drafter, other)
     assert all(drafter.context.last_position(sequence) == -1 for sequence in range(SEQUENCES))
     assert all(drafter.outlook(state, PROMPT).pending == len(PROMPT) for state in states)
 
 
-def test_what_the_drafter_itself_wrote_is_accepted(tmp_path: Path, base: Path, make: Make) -> None:
-    lora = write_tiny_lora(tmp_path / "a.gguf", base, magnitude=0.4)
-    drafter, plain, adapted = make(base), make(base), make(base)
-    adapted.set_adapter(Adapter(adapted.model, lora))
-    records = [Record(PROMPT, written(one, 60)) for one in (plain, adapted)]
+def test_what_the_drafter_itself_wrote_is_accepted(base: Path, other: Path, make: Make) -> None:
+    target = make(base)
+    drafter, plain, second = (make_for(target, path, make) for path in (base, base, other))
+    records = [Record(PROMPT, written(one, 60)) for one in (plain, second)]
     assert records[0] != records[1]
     own = [sum(replay(drafter, [record], most=6), Replay()) for record in records]
-    drafter.set_adapter(Adapter(drafter.model, lora))
+    swap(drafter, other)
     its = [sum(replay(drafter, [record], most=6), Replay()) for record in records]
     assert own[0].acceptance > 0.8 > 0.5 > own[1].acceptance
     assert its[1].acceptance > 0.8 > 0.5 > its[0].acceptance

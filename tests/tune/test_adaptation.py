@@ -100,7 +100,7 @@ def test_a_better_adapter_is_published(spec: AdaptationSpec, sure: None) -> None
     assert result.tokens_per_call_after > result.tokens_per_call_before
     assert result.records == result.held_out + result.trained == 40
     assert min(result.held_out, result.steps, result.seconds, result.cpu_seconds, result.peak_rss_bytes) > 0
-    assert files(spec.output.parent) == ["adapter.gguf"]
+    assert files(spec.output.parent) == ["adapter.gguf", "adapter.merged.gguf"]
     assert stat.S_IMODE(spec.output.stat().st_mode) == 0o600
     assert [event["event"] for event in events if event["event"] not in ("asked", "step")] == [
         "data", "begun", "measured", "measured",
@@ -121,7 +121,7 @@ def test_it_is_trained_further_and_a_worse_one_is_dropped(spec: AdaptationSpec, 
     assert result.acceptance_before > result.acceptance_without
     assert [event["adapter"] for event in events if event["event"] == "measured"] == ["none", "earlier", "new"]
     assert spec.output.read_bytes() == before
-    assert files(spec.output.parent) == ["adapter.gguf"]
+    assert files(spec.output.parent) == ["adapter.gguf", "adapter.merged.gguf"]
 
 
 def test_what_changes_nothing_is_dropped(spec: AdaptationSpec) -> None:
@@ -305,7 +305,7 @@ def test_the_process_tells_what_it_does(spec: AdaptationSpec) -> None:
     assert events[-1]["event"] == "done"
     assert events[-1]["accepted"] == spec.output.exists()
     assert {"acceptance_before", "acceptance_after", "cpu_seconds", "peak_rss_bytes", "held_out"} <= events[-1].keys()
-    assert files(spec.output.parent) == (["adapter.gguf"] if events[-1]["accepted"] else [])
+    assert files(spec.output.parent) == (["adapter.gguf", "adapter.merged.gguf"] if events[-1]["accepted"] else [])
 
 
 def test_the_process_says_why_it_fails(spec: AdaptationSpec, tmp_path: Path) -> None:
@@ -350,4 +350,4 @@ def test_what_a_killed_process_has_left_goes(spec: AdaptationSpec, sure: None) -
     left.mkdir()
     (left / ".writing-x").write_text("half")
     assert adapt(spec, lambda _: None, Loose()).accepted
-    assert files(spec.output.parent) == ["adapter.gguf"]
+    assert files(spec.output.parent) == ["adapter.gguf", "adapter.merged.gguf"]

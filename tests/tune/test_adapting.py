@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgellm.speculative.buffer import AnswerBuffer, Record
+from edgellm.speculative.places import merged_path
 from edgellm.tune import adapting as adapting_module
 from edgellm.tune.adaptation import parse
 from edgellm.tune.adapted import Adapted, mark, read_adapted, write_adapted
@@ -51,7 +52,7 @@ class Rig:
     home: Path
     idle: bool = True
     alone: bool = True
-    taken: list[Path | None] = field(default_factory=list)
+    taken: list[Path] = field(default_factory=list)
     adapting: Adapting | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ def test_a_better_adapter_is_taken_and_the_next_one_starts_from_it(rig: Rig) -> 
     rig.answer(4)
     wait_until(rig.tried(2), "another adaptation")
     wait_until(lambda: len(rig.taken) == 2, "it is taken")
-    assert rig.taken == [rig.pair.adapter] * 2
+    assert rig.taken == [merged_path(rig.pair.adapter)] * 2
     assert [run.get("--from") for run in rig.runs] == [None, str(rig.pair.adapter)]
     found = rig.figures
     assert (found.taken, found.dropped, found.cpu_seconds, found.peak_rss_bytes) == (2, 0, 6.0, 1000)
@@ -214,7 +215,7 @@ def test_an_adapter_that_cannot_be_trained_further_is_given_up(rig: Rig) -> None
     rig.start(UNSOUND)
     wait_until(rig.tried(1), "an adaptation")
     wait_until(lambda: len(rig.taken) == 2, "it is taken")
-    assert rig.taken == [None, rig.pair.adapter]
+    assert rig.taken == [rig.pair.drafter, merged_path(rig.pair.adapter)]
     assert ["--from" in run for run in rig.runs] == [True, False]
 
 

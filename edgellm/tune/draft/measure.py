@@ -9,12 +9,10 @@ from pathlib import Path
 from edgellm.backend.context import Context, ContextParams
 from edgellm.backend.model import load_packed
 from edgellm.backend.vocab import Vocab
-from edgellm.speculative.bridge import Bridge
 from edgellm.speculative.buffer import Record
 from edgellm.speculative.calibration import measure_steps
 from edgellm.speculative.costs import StepCosts
-from edgellm.speculative.drafter import Drafter, drafter_context
-from edgellm.speculative.ngram_cache import NgramCache
+from edgellm.speculative.drafter import load_drafter
 from edgellm.speculative.replay import Replay, replay
 from edgellm.tune.draft.samples import Row
 
@@ -67,16 +65,10 @@ def measure_target(path: Path, *, threads: int) -> TargetCosts:
 
 def measure_drafter(path: Path, target: Vocab, rows: Sequence[Row], *, threads: int) -> Quality:
     """Drafts DRAFTED tokens at each call along `rows`' answers. Raises ModelLoadError, BackendError."""
-    model = load_packed(path)
-    try:
-        context = drafter_context(model, threads=threads)
-    except BaseException:
-        model.close()
-        raise
-    steps = measure_steps(context)
-    drafter = Drafter(model, context, Bridge(model.vocab, target, NgramCache()), StepCosts(steps))
+    drafter = load_drafter(path, target, threads=threads)
     records = [Record(tuple(row.prompt), tuple(row.answer[:_ANSWER_TOKENS])) for row in rows]
     try:
+        steps = measure_steps(drafter.context)
         found = sum(replay(drafter, records, most=DRAFTED, together=1), Replay())
     finally:
         drafter.close()
