@@ -19,7 +19,7 @@ from edgellm.speculative.buffer import AnswerBuffer
 from edgellm.speculative.collector import Collector
 from edgellm.speculative.drafter import Drafter
 from edgellm.speculative.ngram_cache import vocabulary_fingerprint
-from edgellm.speculative.places import adapter_path, answers_path
+from edgellm.speculative.places import adapter_path, answers_path, merged_path
 from edgellm.tune.adapted import Adapted, read_adapted
 from edgellm.tune.adapting import Adapting, Pair
 from edgellm.tune.process import torch_missing
@@ -60,12 +60,14 @@ class Adaptation:
     # --- models ---------------------------------------------------------------------------------------------------
 
     def loaded(self, model: LoadedModel) -> None:
-        """A model has come into memory, and answers nobody yet. On the loading thread."""
+        """A model has come into memory, and answers nobody yet: it is reminded of its answers that were kept. On the
+        loading thread."""
         speculator = model.runner.speculator
         if speculator is None or speculator.drafter is None:
             return
         try:
             pair = self._pair(model, speculator.drafter)
+            speculator.remember([record.answer for record in pair.answers.read()])
         except (EdgeLLMError, OSError) as error:
             _log.error("the drafter of %s does not adapt: %s", model.name, error)
             return
@@ -170,9 +172,10 @@ class Adaptation:
         """Has `delete` remove what is on disk while nothing reads or writes there; what waits to be written is lost."""
         self._adapting.hold()
         try:
+            adapted = [pair for pair in self._pairs() if merged_path(pair.adapter).is_file()]
             with self._collector.forgetting():
                 delete()
-            for pair in self._pairs():
+            for pair in adapted:
                 pair.take(pair.drafter)
         finally:
             self._adapting.release()

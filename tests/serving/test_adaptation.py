@@ -17,6 +17,7 @@ from edgellm.speculative.places import file_mark, merged_path
 from edgellm.tune.adapting import ANSWERS_NEW
 from edgellm.tune.merge import merge_adapter
 from tests.serving.server import Server, run_edgellm, serving, wait_until
+from tests.serving.test_drafts import make_rows_free
 from tests.support.tiny_gguf import write_tiny_llama, write_tiny_lora
 
 Models = tuple[Path, Path]
@@ -94,6 +95,19 @@ def test_answers_are_kept_with_the_ends_of_their_prompts(tmp_path: Path, models:
     vocab.close()
     assert sorted(texts) == sorted(choice["text"] for choice in found["choices"])
     assert [list(record.prompt) for record in kept] == [prompt] * 2
+
+
+def test_answers_of_before_a_restart_are_drafted_from(tmp_path: Path, models: Models) -> None:
+    home = tmp_path / "home"
+    with serving(home, *options(models)) as server:
+        before = ask(server, 1, max_tokens=40)
+        server.terminate()
+        assert server.wait() == 0
+    make_rows_free(home)
+    with serving(home, *options(models)) as server:
+        after = ask(server, 1, max_tokens=40)
+        assert server.metric("edgellm_draft_accepted_tokens_total", proposer="lookup") > 20
+    assert after["choices"][0]["text"] == before["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("how", ["off", "no drafter"])

@@ -220,6 +220,20 @@ def test_a_hundredth_of_the_time_goes_into_finding_out() -> None:
     assert len(drafter.asked) == 1
 
 
+def test_who_listens_hears_prompt_and_answer() -> None:
+    speculator, heard = Speculator([_Says("a", [], 0.5)], _Fixed(0.1)), []
+    line, _ = _line(speculator, [1, 2])
+    speculator.heard = lambda prompt, answer: heard.append((list(prompt), list(answer)))
+    speculator.end(line, [1, 2, 3, 4])
+    assert heard == [([1], [2, 3, 4])]  # the prompt of `_line` is one token
+
+
+def test_answers_of_before_are_remembered_by_those_that_cost_nothing() -> None:
+    free, model = _Says("free", [], 0.5), _Says("model", [], 0.5)
+    Speculator([free], _Fixed(0.1), model).remember([[1, 2], [3]])  # type: ignore[arg-type]
+    assert (free.ended, model.ended) == ([[1, 2], [3]], [])
+
+
 def test_forgetting_reaches_every_proposer() -> None:
     free, drafter = _Says("free", [7], 0.9), _Says("model", [5], 0.9)
     speculator = Speculator([free], _Fixed(0.2), drafter)  # type: ignore[arg-type]
