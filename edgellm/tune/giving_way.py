@@ -43,9 +43,10 @@ class GivingWay:
 
         Raises OSError.
         """
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, mode=0o700)
-        self._folder = path
+        with self._writing:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True, mode=0o700)
+            self._folder = path
         try:
             yield path
         finally:
