@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgellm.config import Settings
-from edgellm.engine.draft_loading import drafter_file, load_small
+from edgellm.engine.draft_loading import FREE, drafter_file, load_small
 from edgellm.engine.engine import Engine
 from edgellm.engine.loaded import LoadedModel
 from edgellm.engine.manager import ModelManager
@@ -78,7 +78,7 @@ class Adaptation:
 
     def start(self) -> None:
         """From now on answers are kept, and learned from, unless the settings say otherwise. Idempotent."""
-        if not self._wanted:
+        if not self._wanted or self._settings.draft in FREE:
             return
         if torch_missing():
             _log.info("drafters do not adapt: pip install 'edgellm[tune]'")
