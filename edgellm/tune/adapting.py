@@ -21,6 +21,7 @@ from edgellm.tune.adaptation_spec import AdaptationSpec
 from edgellm.tune.adapted import Adapted, read_adapted, write_adapted
 from edgellm.tune.ownership import Ownership
 from edgellm.tune.process import Outcome, TrainerProcess
+from edgellm.tune.process_slot import ProcessSlot
 
 ADAPTER = (sys.executable, "-P", "-m", "edgellm.tune.adaptation")
 LOCK = "adapt.lock"
@@ -73,10 +74,9 @@ class Adapting:
         self._threads, self._command, self._answers_new = threads, tuple(command), answers_new
         self._ownership = Ownership(home, LOCK)
         self._looked: dict[Path, tuple[int, int, int]] = {}  # buffers that had too little, as they were then
-        self._lock = threading.Lock()  # of the five below
-        self._process: TrainerProcess | None = None
+        self._slot = ProcessSlot()
+        self._lock = threading.Lock()  # of those below
         self._running = ""
-        self._yielding = False
         self._held = 0
         self._closing = False
         self._resting = threading.Condition(self._lock)  # no process is there
@@ -103,24 +103,18 @@ class Adapting:
 
     def give_way(self) -> None:
         """Halts the process, also one that starts later, until `go_on`. Quick: it is called for every request."""
-        with self._lock:
-            self._yielding = True
-            if self._process is not None:
-                self._process.give_way()
+        self._slot.give_way()
 
     def go_on(self) -> None:
         """The machine is the process's again."""
-        with self._lock:
-            self._yielding = False
-            if self._process is not None:
-                self._process.go_on()
+        self._slot.go_on()
 
     def hold(self) -> None:
         """Ends what runs, and begins nothing until `release`. Nothing reads answers or writes adapters then."""
-        with self._resting:
+        with self._lock:
             self._held += 1
-            if self._process is not None:
-                self._process.kill()
+        self._slot.tell(TrainerProcess.kill)
+        with self._resting:
             self._resting.wait_for(lambda: not self._running)
 
     def release(self) -> None:
@@ -133,9 +127,8 @@ class Adapting:
         """Ends what runs, and begins nothing more. Idempotent."""
         with self._lock:
             self._closing = True
-            if self._process is not None:
-                self._process.kill()
             thread = self._thread
+        self._slot.tell(TrainerProcess.kill)
         self._wake.set()
         if thread is not None:
             thread.join()
@@ -209,25 +202,16 @@ class Adapting:
             earlier=pair.adapter if pair.adapter.is_file() else None,
             threads=self._threads,
         )
-        with TrainerProcess(None, self._follow, command=[*self._command, *spec.options()]) as process:
-            try:
-                with self._lock:
-                    self._process = process
-                    if self._held or self._closing:
-                        process.kill()
-                    elif self._yielding:
-                        process.give_way()
-                return process.wait()
-            finally:
-                with self._lock:
-                    self._process = None
+        command = [*self._command, *spec.options()]
+        with TrainerProcess(None, self._follow, command=command) as process, self._slot.occupied(process):
+            if self._held or self._closing:  # nobody could tell it until now
+                process.kill()
+            return process.wait()
 
     def _follow(self, _event: dict[str, Any]) -> None:
         """The process has come a step further. Other training has precedence; requests only halt it."""
         if not self._alone():
-            with self._lock:
-                if self._process is not None:
-                    self._process.stop()
+            self._slot.tell(TrainerProcess.stop)
 
     def _heed(self, pair: Pair, records: Sequence[Record], outcome: Outcome) -> bool:
         """Keeps what came of it. Whether there may be more to do now."""

@@ -30,6 +30,7 @@ from edgellm.tune.jobs import JobStore
 from edgellm.tune.ownership import Ownership
 from edgellm.tune.places import FOLDER, analysis_path
 from edgellm.tune.process import TRAINER, Outcome, TrainerProcess, torch_missing
+from edgellm.tune.process_slot import ProcessSlot
 from edgellm.tune.served import Served, TunedModels
 from edgellm.tune.spec import RunSpec
 
@@ -71,10 +72,9 @@ class Supervisor:
         self._ownership = Ownership(home)
         self._owns = False
         self._unsaid: dict[str, JobError] = {}  # failures that the database had no room for
-        self._lock = threading.Lock()  # of the four below
-        self._process: TrainerProcess | None = None
+        self._slot = ProcessSlot()
         self._running: str | None = None
-        self._yielding = False
+        self._lock = threading.Lock()  # of those below
         self._closing = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -100,31 +100,23 @@ class Supervisor:
     def heed(self, job: Job) -> None:
         """The job's state was changed from outside: its trainer, if it has one, writes a checkpoint and ends, or ends
         at once if that is of no use."""
-        with self._lock:
-            if self._running == job.id and self._process is not None:
-                _end(self._process, keep=not job.status.is_final)
+        if self._running == job.id:
+            self._slot.tell(lambda process: _end(process, keep=not job.status.is_final))
         self.wake()
 
     def give_way(self) -> None:
         """Halts the trainer, also one that starts later, until `go_on`. Quick: it is called for every request."""
-        with self._lock:
-            self._yielding = True
-            if self._process is not None:
-                self._process.give_way()
+        self._slot.give_way()
 
     def go_on(self) -> None:
         """The machine is the trainer's again."""
-        with self._lock:
-            self._yielding = False
-            if self._process is not None:
-                self._process.go_on()
+        self._slot.go_on()
 
     def begin_stop(self) -> None:
         """Run no more jobs, and ask the trainer for a checkpoint. Its job goes on when jobs are next run."""
         with self._lock:
             self._closing = True
-            if self._process is not None:
-                _end(self._process)
+        self._slot.tell(_end)
         self._wake.set()
 
     def close(self, grace_s: float) -> None:
@@ -135,9 +127,7 @@ class Supervisor:
             return
         thread.join(grace_s)
         if thread.is_alive():
-            with self._lock:
-                if self._process is not None:
-                    self._process.kill()
+            self._slot.tell(TrainerProcess.kill)
             thread.join()
 
     # --- the thread -----------------------------------------------------------------------------------------------
@@ -258,21 +248,15 @@ class Supervisor:
                 if status is not JobStatus.RUNNING:
                     _end(process, keep=not status.is_final)
 
-        with TrainerProcess(spec, take, command=self._command) as process:
-            try:
-                with self._lock:
-                    self._process, self._running = process, job.id
-                    if self._closing:
-                        process.kill()
-                    elif self._yielding:
-                        process.give_way()
-                status = self._jobs.get(job.id).status  # `heed` saw no process until now
-                if status is not JobStatus.RUNNING:
+        self._running = job.id
+        try:
+            with TrainerProcess(spec, take, command=self._command) as process, self._slot.occupied(process):
+                status = self._jobs.get(job.id).status
+                if self._closing or status is not JobStatus.RUNNING:  # nobody could tell it until now
                     process.kill()
                 return process.wait()
-            finally:
-                with self._lock:
-                    self._process = self._running = None
+        finally:
+            self._running = None
 
     def _finish(self, job: Job, outcome: Outcome, name: str) -> None:
         done = outcome.event

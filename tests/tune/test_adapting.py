@@ -126,6 +126,11 @@ def looked(adapting: Adapting, times: int = 3) -> None:
         assert turns.acquire(timeout=30)
 
 
+def stopping(adapting: Adapting) -> bool:
+    process = adapting._slot._process
+    return process is not None and process._stopping
+
+
 def test_a_better_adapter_is_taken_and_the_next_one_starts_from_it(rig: Rig) -> None:
     rig.answer(4)
     adapting = rig.start(BETTER)
@@ -192,7 +197,7 @@ def test_a_job_ends_it_and_a_request_does_not(rig: Rig) -> None:
     assert adapting.running == "target"
     rig.alone = False
     # The program does not listen, so it is killed here where the real one ends by itself.
-    wait_until(lambda: adapting._process is not None and adapting._process._stopping, "it is told to end")
+    wait_until(lambda: stopping(adapting), "it is told to end")
     adapting.hold()
     adapting.release()
     assert rig.figures == Adapted()  # these answers are still to be learned from

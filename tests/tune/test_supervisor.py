@@ -175,7 +175,7 @@ class Rig:
 
     @property
     def process(self) -> int | None:
-        process = self.supervisor._process if self.supervisor else None
+        process = self.supervisor._slot._process if self.supervisor else None
         return process.pid if process else None
 
 
