@@ -150,8 +150,7 @@ class Adapting:
             if not (self._idle() and self._alone()):
                 return False
             for pair in self._pairs():
-                records = self._due(pair)
-                if records:
+                if _has_room(pair) and (records := self._due(pair)):
                     return self._adapt(pair, records)
         except (EdgeLLMError, OSError) as error:  # the disk is full, say: this is tried again
             _log.error("drafters cannot be adapted now: %s", error)
@@ -175,10 +174,6 @@ class Adapting:
         return []
 
     def _adapt(self, pair: Pair, records: Sequence[Record]) -> bool:
-        needed = _needed_bytes(pair)
-        if (free := available_memory_bytes()) < needed:
-            _log.debug("%s: adapting needs %d bytes, and %d are free", pair.drafter.name, needed, free)
-            return False
         if not self._ownership.acquire():
             return False
         try:
@@ -246,5 +241,8 @@ def told(adapted: Adapted) -> str:
     return f"{adapted.acceptance_after:.1%} of its tokens are accepted, {adapted.acceptance_before:.1%} before"
 
 
-def _needed_bytes(pair: Pair) -> int:
-    return _BESIDE_BYTES + _WEIGHTS * pair.drafter.stat().st_size
+def _has_room(pair: Pair) -> bool:
+    needed, free = _BESIDE_BYTES + _WEIGHTS * pair.drafter.stat().st_size, available_memory_bytes()
+    if free < needed:
+        _log.debug("%s: adapting needs %d bytes, and %d are free", pair.drafter.name, needed, free)
+    return free >= needed
