@@ -25,7 +25,8 @@ from edgellm.engine.fit import (
     sequences_for,
     worth_packing,
 )
-from edgellm.engine.runner import Runner, RunnerLimits
+from edgellm.engine.plan import RunnerLimits
+from edgellm.engine.runner import Runner
 from edgellm.engine.threads import default_threads
 from edgellm.errors import ModelLoadError, ModelUnsupportedError
 from edgellm.models.describe import ModelInfo

@@ -10,6 +10,16 @@ from edgellm.engine.sequence import Answer
 
 
 @dataclass(frozen=True, slots=True)
+class RunnerLimits:
+    """How much a runner does at once."""
+
+    parallel: int  # answers running at the same time
+    batch_tokens: int  # rows of a step
+    prompt_chunk_tokens: int  # prompt rows of a step while a stream is running
+    draft_rows: int = 0  # drafted rows of a step
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """An answer's part of a step: `count` of its pending tokens, then `draft`."""
 

@@ -8,20 +8,20 @@ distribution of the output untouched whatever proposed them.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from edgellm.backend.batch import Batch
 from edgellm.backend.context import Context
 from edgellm.backend.model import Adapter, Model
 from edgellm.backend.sampler import Sampler
-from edgellm.engine.cache import AdapterSet, PrefixCache
+from edgellm.engine.attached import AttachedAdapters
+from edgellm.engine.cache import PrefixCache
 from edgellm.engine.drafting import Drafting
 from edgellm.engine.logprobs import token_logprob
-from edgellm.engine.plan import Share, choose_adapters, plan_step
+from edgellm.engine.plan import RunnerLimits, Share, choose_adapters, plan_step
 from edgellm.engine.sequence import Answer, Job
 from edgellm.engine.types import ErrorEvent, EventSink, FinishEvent, FinishReason, GenerateRequest, TokenEvent
 from edgellm.errors import AdapterNotFoundError, BackendError, EdgeLLMError, GrammarError, ModelUnsupportedError
@@ -31,16 +31,6 @@ from edgellm.speculative.speculator import END, Speculator
 _log = logging.getLogger(__name__)
 
 _ADMIT_MARGIN_CELLS = 32  # room that every running answer should have left when another one is let in
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerLimits:
-    """How much a runner does at once."""
-
-    parallel: int  # answers running at the same time
-    batch_tokens: int  # rows of a step
-    prompt_chunk_tokens: int  # prompt rows of a step while a stream is running
-    draft_rows: int = 0  # drafted rows of a step
 
 
 @dataclass(slots=True)
@@ -74,7 +64,6 @@ class Runner:
         self.limits = limits
         self.cache = cache
         self.stats = RunnerStats()
-        self.adapters: dict[str, Adapter] = {}
         self.speculator = speculator if model.can_roll_back else None
         self._drafting = Drafting(self.speculator) if self.speculator is not None else None
         self.pager = pager
@@ -82,7 +71,7 @@ class Runner:
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []  # in order of arrival
         self._steady: list[Share] | None = None  # the plan of every step until the running answers change
-        self._active: AdapterSet = ()
+        self._attached = AttachedAdapters(context)
         self._touched: list[Job] = []
         self._number = 0
 
@@ -95,13 +84,10 @@ class Runner:
         try:
             if self.model.has_encoder or not self.context.has_memory:
                 raise ModelUnsupportedError("This model makes embeddings; it does not generate text")
-            self._check_adapters(request.adapters)
-            sampling = request.sampling
-            if request.ignore_eos:
-                ends = tuple((token, -math.inf) for token in self.model.vocab.end_tokens)
-                sampling = replace(sampling, logit_bias=(*sampling.logit_bias, *ends))
+            self._attached.check(request.adapters)
+            sampling = request.sampling_with(self.model.vocab.end_tokens)
             for index in range(request.n):
-                sampler = Sampler(self.model.vocab, sampling, index=index, prompt=self._penalised(request))
+                sampler = Sampler(self.model.vocab, sampling, index=index, prompt=request.penalised_tokens)
                 leader = job.answers[0] if index else None
                 job.answers.append(Answer(job, index, sampler, list(request.prompt), leader=leader))
         except EdgeLLMError as error:
@@ -117,6 +103,11 @@ class Runner:
         for answer in job.answers:
             if not answer.finished and index in (None, answer.index):
                 self._leave(answer)
+
+    @property
+    def adapters(self) -> Collection[str]:
+        """Names of the adapters at hand."""
+        return self._attached.by_name.keys()
 
     @property
     def has_work(self) -> bool:
@@ -138,12 +129,11 @@ class Runner:
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Makes an adapter available under `name`, in place of an earlier one of that name."""
         self.remove_adapter(name)
-        self.adapters[name] = adapter
+        self._attached.add(name, adapter)
 
     def remove_adapter(self, name: str) -> None:
         """Withdraws an adapter; requests that use it end with an error. Unknown names are ignored."""
-        adapter = self.adapters.pop(name, None)
-        if adapter is None:
+        if name not in self._attached.by_name:
             return
         error = AdapterNotFoundError(f"The adapter '{name}' was unloaded")
         for job in {a.job for a in (*self._running, *self._waiting)}:
@@ -151,19 +141,7 @@ class Runner:
                 self._fail_job(job, error)
         self._deliver()
         self.cache.drop_adapter(name)
-        if any(use.name == name for use in self._active):
-            self._activate(())
-        adapter.close()
-
-    def _check_adapters(self, adapters: AdapterSet) -> None:
-        for use in adapters:
-            if use.name not in self.adapters:
-                raise AdapterNotFoundError(f"The adapter '{use.name}' is not loaded")
-
-    def _activate(self, adapters: AdapterSet) -> None:
-        if adapters != self._active:
-            self.context.set_adapters([(self.adapters[use.name], use.scale) for use in adapters])
-            self._active = adapters
+        self._attached.remove(name)
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -217,7 +195,7 @@ class Runner:
         if self._steady is not None and self.cache.reserve(len(self._steady)):
             return self._with_drafts(self._steady, len(self._steady))
         while self._running:
-            adapters = choose_adapters(self._running, self._active)
+            adapters = choose_adapters(self._running, self._attached.active)
             shares = plan_step(
                 self._running,
                 adapters,
@@ -256,7 +234,7 @@ class Runner:
         self.stats.preemptions += 1
 
     def _compute(self, shares: Sequence[Share]) -> None:
-        self._activate(shares[0].answer.job.request.adapters)
+        self._attached.activate(shares[0].answer.job.request.adapters)
         batch = self._batch
         batch.clear()
         for share in shares:
@@ -417,17 +395,10 @@ class Runner:
 
     def close(self) -> None:
         """Frees the context, the adapters and the model."""
-        for adapter in self.adapters.values():
-            adapter.close()
+        self._attached.close()
         self.context.close()
         if self.pager is not None:
             self.pager.save()
         if self.speculator is not None:
             self.speculator.close()
         self.model.close()
-
-    @staticmethod
-    def _penalised(request: GenerateRequest) -> Sequence[int]:
-        if request.sampling.repetition_penalty == 1.0:
-            return ()
-        return request.prompt[-request.sampling.repetition_window :]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from edgellm.backend.sampler import Grammar, SamplingParams
 from edgellm.errors import EdgeLLMError
@@ -54,6 +55,20 @@ class GenerateRequest:
     top_logprobs: int | None = None  # None: no logprobs; 0: the drawn token's only
     adapters: tuple[AdapterUse, ...] = ()
     prediction: tuple[int, ...] = ()  # what the answer is expected to be; it is drafted from, and changes nothing
+
+    @property
+    def penalised_tokens(self) -> tuple[int, ...]:
+        """The end of the prompt, as far as a repetition penalty looks back."""
+        if self.sampling.repetition_penalty == 1.0:
+            return ()
+        return self.prompt[-self.sampling.repetition_window :]
+
+    def sampling_with(self, end_tokens: Iterable[int]) -> SamplingParams:
+        """How tokens are drawn, `end_tokens` being the model's: never, if the request ignores them."""
+        if not self.ignore_eos:
+            return self.sampling
+        ends = ((token, -math.inf) for token in end_tokens)
+        return replace(self.sampling, logit_bias=(*self.sampling.logit_bias, *ends))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from edgellm.backend.context import Context, ContextParams, EvalCallback
 from edgellm.backend.model import Adapter, Model
 from edgellm.backend.sampler import Sampler, SamplingParams
 from edgellm.engine.cache import PrefixCache
-from edgellm.engine.runner import Runner, RunnerLimits
+from edgellm.engine.plan import RunnerLimits
+from edgellm.engine.runner import Runner
 from edgellm.engine.sequence import Job
 from edgellm.engine.types import ErrorEvent, Event, FinishEvent, GenerateRequest, TokenEvent, TokenLogprob
 from edgellm.speculative.speculator import Speculator

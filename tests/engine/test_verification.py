@@ -18,7 +18,8 @@ from edgellm.backend.model import Model
 from edgellm.backend.sampler import Grammar, Sampler, SamplingParams
 from edgellm.backend.vocab import Vocab
 from edgellm.engine.cache import PrefixCache
-from edgellm.engine.runner import Runner, RunnerLimits
+from edgellm.engine.plan import RunnerLimits
+from edgellm.engine.runner import Runner
 from edgellm.engine.types import FinishReason, GenerateRequest
 from edgellm.speculative.acceptance import Acceptance
 from edgellm.speculative.proposer import Guess, Prompt, Want
