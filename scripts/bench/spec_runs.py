@@ -25,6 +25,7 @@ RIVAL_MODES = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngr
 
 _SAMPLE = re.compile(r"^(\w+)\{([^}]*)\} ([0-9.eE+-]+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+_MODEL_FREE = ("auto", "none", "ngram")
 _REFUSAL = re.compile(r"\b((?:draft model|the target and draft|failed to initialize speculative).*)", re.IGNORECASE)
 _COMPLAINT = re.compile(r"must (closely )?match|not compatible|failed|not supported", re.IGNORECASE)
 
@@ -100,7 +101,9 @@ def our_sides(command: list[str], limits: Limits, drafts: Sequence[str], extra: 
     sides = [Side(OURS, servers.edgellm(command, limits, [*([] if same else ["--draft", "none"]), *extra]), None)]
     for text in drafts:
         value, options = named_options(text)
-        flags = [*([] if same else ["--draft", value]), *options]
+        # A drafter that adapts while another server is measured would take that one's processors.
+        fixed = [] if value in _MODEL_FREE else ["--adapt", "off"]
+        flags = [*([] if same else ["--draft", value, *fixed]), *options]
         name = " ".join((OURS, Path(value).stem if value.endswith(".gguf") else value, *options))
         sides.append(Side(name, servers.edgellm(command, limits, [*flags, *extra]), OURS))
     return sides
