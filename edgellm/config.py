@@ -167,7 +167,10 @@ class Settings(BaseSettings):
         "it. off: nothing is kept and nothing is trained. Needs edgellm[tune].",
     )
     adapt_after_s: Seconds = Field(
-        30.0, ge=0, description="Train the small model once nobody has waited for this long (30s, 5m, never)."
+        30.0,
+        ge=0,
+        description="Train the small model once nobody has waited for this long (30s, 5m, never) and other programs "
+        "leave three quarters of the processors idle; 0s: whenever no request runs, whatever others do.",
     )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
 

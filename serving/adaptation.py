@@ -22,6 +22,7 @@ from edgellm.speculative.ngram_cache import vocabulary_fingerprint
 from edgellm.speculative.places import adapter_path, answers_path, merged_path
 from edgellm.tune.adapted import Adapted, read_adapted
 from edgellm.tune.adapting import Adapting, Pair
+from edgellm.tune.machine import MachineRest
 from edgellm.tune.process import torch_missing
 
 _ANSWER_LEAST = 8  # tokens: of a shorter answer there is nothing to learn
@@ -47,10 +48,11 @@ class Adaptation:
         self._wanted = settings.adapt == "on"
         self._learns = False
         self._collector = Collector()
+        after_s, rest = settings.adapt_after_s, MachineRest()
         self._adapting = Adapting(
             home,
             self._pairs,
-            idle=lambda: quiet_s() >= settings.adapt_after_s,
+            idle=lambda: quiet_s() >= after_s and (after_s == 0 or rest.look()),
             alone=lambda: not training(),
             threads=settings.threads or default_threads(),
         )

@@ -60,7 +60,7 @@ def adapter_of(home: Path, models: Models) -> Path:
 
 def test_a_drafter_is_adapted_once_nobody_waits(tmp_path: Path, models: Models) -> None:
     home = tmp_path / "home"
-    with serving(home, *options(models, "--adapt-after", "0.1s")) as server:
+    with serving(home, *options(models, "--adapt-after", "0s")) as server:
         assert adaptations(server) == 0
         for number in range(ANSWERS_NEW // 8):
             ask(server, number, n=8, temperature=1.0)
