@@ -114,6 +114,7 @@ class Drafter:
         self.acceptance = Acceptance(_WEIGHTS)
         self.cache_path: Path | None = None  # where the bridge's n-grams are kept
         self.chance = _CHANCE  # that a token is accepted, lately
+        self.computing_s = 0.0  # so far
         self._batch = Batch(BATCH_TOKENS)
         self._holders: list[_State | None] = [None] * SEQUENCES
         self._turn = 0
@@ -140,7 +141,7 @@ class Drafter:
         """What a guess would take and bring."""
         chance = min(0.95, max(0.05, self.chance + state.record))
         if state.transcript is None or state.sequence < 0:
-            return Outlook(min(len(context), READ_TOKENS), chance)
+            return Outlook(min(len(context), READ_TOKENS), chance, first=True)
         return Outlook(max(1, len(state.transcript.tokens) - state.cached), chance)
 
     def judge(self, state: _State, guess: Guess, fits: Sequence[bool]) -> None:
@@ -211,9 +212,7 @@ class Drafter:
             batch.extend(run.feed, run.position, run.state.sequence, outputs=1)
             run.position += len(run.feed)
             rows.append(batch.n_tokens - 1)
-        started = time.perf_counter()
-        self.context.decode(batch)
-        self.costs.observe(batch.n_tokens, time.perf_counter() - started)
+        self._decode()
         return [(run, self.context.logits(row)) for run, row in zip(runs, rows, strict=True)]
 
     def _read(self, runs: Sequence[_Run]) -> None:
@@ -223,9 +222,16 @@ class Drafter:
             while (excess := min(len(run.feed) - most, BATCH_TOKENS)) > 0:
                 batch.clear()
                 batch.extend(run.feed[:excess], run.position, run.state.sequence, outputs=0)
-                self.context.decode(batch)
+                self._decode()
                 run.position += excess
                 run.feed = run.feed[excess:]
+
+    def _decode(self) -> None:
+        started = time.perf_counter()
+        self.context.decode(self._batch)
+        seconds = time.perf_counter() - started
+        self.computing_s += seconds
+        self.costs.observe(self._batch.n_tokens, seconds)
 
     def _go_on(self, run: _Run, logits: Floats) -> bool:
         """Takes the likeliest token; whether another is worth it."""

@@ -63,7 +63,7 @@ def load_speculator(
         if measured and not speculator.costs.known:
             speculator.costs = StepCosts(measure_steps(context))
         if small is not None:
-            small.costs = StepCosts(measure_steps(small.context))
+            small.costs = StepCosts(measure_steps(small.context, every_row=False))
 
     speculator.prepare = prepare
     for proposer in speculator.all:

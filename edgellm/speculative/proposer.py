@@ -48,6 +48,7 @@ class Outlook:
 
     pending: int  # rows that it would have to compute first
     chance: float  # that a token is accepted if those before it are
+    first: bool = False  # nothing of the answer has been read yet, so that it is the prompt that is pending
 
 
 class Proposer(Protocol):

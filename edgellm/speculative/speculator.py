@@ -15,13 +15,15 @@ from edgellm.errors import BackendError
 from edgellm.speculative.costs import StepCosts
 from edgellm.speculative.drafter import Drafter
 from edgellm.speculative.proposer import Guess, Prompt, Proposer, Want
-from edgellm.speculative.share_out import GAIN, Plan, share_out
+from edgellm.speculative.share_out import Plan, share_out
 
 DRAFT_TOKENS = 15
 """Most drafted tokens of an answer in a step."""
 
 _LENGTHS = (2, 3, 4, 6, 8)  # drafts by the drafter that are weighed against each other
-_READING_ROWS = 16  # if it has more to read than this, that is the prompt
+_DRAFTER_GAIN = 1.06
+"""What asking the drafter promises must beat doing without by as much: more is estimated than for guesses at hand."""
+_USUAL_ASKS = 24.0  # how often the drafter is asked about an answer that it is asked about, until some have been seen
 _USUAL_TOKENS = 128.0  # of an answer, until some have been seen
 _LEAST_LEFT = 16.0  # that an answer longer than usual will still have
 _FORGETTING = 0.1
@@ -67,6 +69,7 @@ class Line:
     guess: Guess | None = None
     chances: Sequence[float] = ()  # of its tokens
     drafted: int = 0  # tokens of the guess that are verified
+    asks: int = 0  # how often the drafter was asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +102,11 @@ class Speculator:
         self.costs = costs
         self.stats = {proposer.name: ProposerStats() for proposer in self.all}
         self._steps_s = 0.0
-        self._drafting_s = 0.0
+        self._explored_s = 0.0
+        self._exploring = False  # the drafter is asked though it is not expected to pay
         self._usual_tokens = _USUAL_TOKENS
+        self._usual_asks = _USUAL_ASKS
+        self._beside_s = 0.0  # what asking the drafter takes beside its steps
         self._target_calls = 0
         self._tokens = 0
         self.prepare: Callable[[], None] = lambda: None
@@ -122,6 +128,8 @@ class Speculator:
         """The answer is over. `context`: prompt and answer."""
         answer = context[len(line.prompt.tokens) :]
         self._usual_tokens += _FORGETTING * (len(answer) - self._usual_tokens)
+        if line.asks:
+            self._usual_asks += _FORGETTING * (line.asks - self._usual_asks)
         for proposer in self.all:
             proposer.end(line.states[proposer.name], answer)
         self.heard(line.prompt.tokens, answer)
@@ -192,8 +200,9 @@ class Speculator:
             return [], 0.0
         pending = sum(outlooks[index].pending for index in better)
         reading_s = drafter.costs.seconds(pending)
-        if pending > _READING_ROWS:  # once for all steps that follow
-            reading_s /= max(1.0, min(self._left(wanted[index]) for index in better) / _LENGTHS[0])
+        if any(outlooks[index].first for index in better):  # prompts are read once for all asks that follow
+            left = min(self._left(wanted[index]) for index in better)
+            reading_s /= max(1.0, min(self._usual_asks, left / _LENGTHS[0]))
         best_rate = rate
         for length in _LENGTHS:
             chances = [want.line.chances for want in wanted]
@@ -205,10 +214,11 @@ class Speculator:
                 rows=self._step.rows,
                 room=room,
                 seconds=self.costs.seconds,
-                offset_s=reading_s + (length - 1) * drafter.costs.seconds(len(better)),
+                offset_s=reading_s + (length - 1) * drafter.costs.seconds(len(better)) + self._beside_s,
             )
             best_rate = max(best_rate, plan.rate)
-        if best_rate <= GAIN * rate and not self._may_explore(reading_s):
+        self._exploring = best_rate <= _DRAFTER_GAIN * rate
+        if self._exploring and not self._may_explore(reading_s):
             return [], 0.0
         least = rate * (drafter.costs.seconds(len(better)) / len(better) + self._row_s())
         return [wanted[index] for index in better], least
@@ -225,18 +235,21 @@ class Speculator:
 
     def _may_explore(self, reading_s: float) -> bool:
         """Whether asking costs so little, of all time so far, that it may be done to learn how good the drafter is."""
-        return self._drafting_s + reading_s < _EXPLORING * self._steps_s
+        return self._explored_s + reading_s < _EXPLORING * self._steps_s
 
     def _ask_drafter(self, drafter: Drafter, wanted: Sequence[Draftable], least: float) -> None:
         """Answers go on without a drafter that fails."""
-        started = time.perf_counter()
+        started, computing_s = time.perf_counter(), drafter.computing_s
+        for want in wanted:
+            want.line.asks += 1
         try:
             self._ask(drafter, wanted, least)
         except BackendError as error:
             _log.error("the drafter %s is not asked any more: %s", drafter.model.path.name, error)
             self.drafter = None
         seconds = time.perf_counter() - started
-        self._drafting_s += seconds
+        self._beside_s += _FORGETTING * (seconds - (drafter.computing_s - computing_s) - self._beside_s)
+        self._explored_s += seconds if self._exploring else 0.0
         self.stats[drafter.name].saved_s -= seconds
 
     def _tell(self, want: Draftable) -> None:

@@ -36,7 +36,7 @@ class _Says:
         self.acceptance = Acceptance((0.0, 1.0))
         self.costs = _Fixed(slope, 0.002)
         self.tokens, self.odds, self.chance = tuple(tokens), _odds(chance), chance
-        self.pending = 1
+        self.pending, self.first, self.computing_s = 1, False, 0.0
         self.asked: list[Want] = []
         self.judged: list[list[bool]] = []
         self.told: list[int] = []
@@ -50,7 +50,7 @@ class _Says:
         self.told += tokens
 
     def outlook(self, _state: str, _context: Sequence[int]) -> Outlook:
-        return Outlook(self.pending, self.chance)
+        return Outlook(self.pending, self.chance, self.first)
 
     def propose(self, wants: Sequence[Want]) -> list[Guess | None]:
         self.asked += wants
@@ -183,18 +183,51 @@ def test_the_drafter_is_asked_where_it_pays(chance: float, first_s: float, asked
         assert speculator.snapshot().proposers["model"].saved_s < 0  # the time it took
 
 
-def test_a_drafter_that_has_a_long_prompt_to_read_for_a_short_answer_is_not_asked() -> None:
+def _reading_drafter(pending: int, *, first: bool) -> tuple[_Says, Speculator]:
     drafter = _Says("model", [5, 5, 5, 5], 0.8)
-    drafter.pending = 20_000
-    speculator = Speculator([], _Fixed(0.2), drafter)  # type: ignore[arg-type]
+    drafter.pending, drafter.first = pending, first
+    return drafter, Speculator([], _Fixed(0.2), drafter)  # type: ignore[arg-type]
+
+
+def _asked(speculator: Speculator, left: int) -> bool:
     line, _ = _line(speculator, [1, 2])
-    assert speculator.draft([Draftable(line, [1, 2], 8, 10)], rows=1, room=8) == [()]
-    assert speculator.draft([Draftable(line, [1, 2], 8, 100_000)], rows=1, room=8) == [
-        ()
-    ]  # not that it will be so long
+    return speculator.draft([Draftable(line, [1, 2], 8, left)], rows=1, room=8) != [()]
+
+
+def test_a_drafter_that_has_a_long_prompt_to_read_for_a_short_answer_is_not_asked() -> None:
+    _, speculator = _reading_drafter(1000, first=True)
+    assert _asked(speculator, left=100)
+    assert not _asked(speculator, left=10)
+    line, _ = _line(speculator, [1, 2])
     for _ in range(60):
-        speculator.end(line, range(5000))  # answers are
-    assert speculator.draft([Draftable(line, [1, 2], 8, 100_000)], rows=1, room=8) != [()]
+        speculator.end(line, range(8))  # answers are short
+    assert not _asked(speculator, left=100)
+
+
+def test_a_prompt_is_not_read_for_answers_that_the_drafter_is_hardly_asked_about() -> None:
+    _, speculator = _reading_drafter(1000, first=True)
+    for _ in range(40):
+        line, _ = _line(speculator, [1, 2])
+        line.asks = 1
+        speculator.end(line, range(128))
+    assert not _asked(speculator, left=100)
+    for _ in range(40):
+        line, _ = _line(speculator, [1, 2])
+        line.asks = 30
+        speculator.end(line, range(128))
+    assert _asked(speculator, left=100)
+
+
+def test_what_others_drafted_must_be_read_each_time() -> None:
+    _, speculator = _reading_drafter(1000, first=False)
+    assert not _asked(speculator, left=100)
+
+
+def test_what_asking_takes_beside_the_steps_counts() -> None:
+    _, speculator = _reading_drafter(1, first=False)
+    assert _asked(speculator, left=100)
+    speculator._beside_s = 0.05
+    assert not _asked(speculator, left=100)
 
 
 def test_a_drafter_is_not_asked_where_a_free_guess_is_better() -> None:
@@ -215,7 +248,7 @@ def test_a_hundredth_of_the_time_goes_into_finding_out() -> None:
     speculator.observe(1, 10.0)
     speculator.draft([want], rows=1, room=8)
     assert len(drafter.asked) == 1
-    speculator._drafting_s = 0.2  # more than that hundredth
+    speculator._explored_s = 0.2  # more than that hundredth
     speculator.draft([want], rows=1, room=8)
     assert len(drafter.asked) == 1
 
