@@ -127,7 +127,7 @@ class _Random:
 
 def _plain(model: Model, logits: _Logits, request: GenerateRequest, index: int) -> list[int]:
     """The reference: a loop that draws one token after the other."""
-    sampler = Sampler(model.vocab, request.sampling, index=index, prompt=Runner._penalised(request))
+    sampler = Sampler(model.vocab, request.sampling, index=index, prompt=request.penalised_tokens)
     text, drawn = list(request.prompt), []
     while len(drawn) < request.max_tokens:
         logits._rows = [logits.of(text)]
