@@ -40,7 +40,7 @@ def test_the_wheel_holds_exactly_our_packages(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name.split("/")[0]}
-    assert top == {"edgellm", "serving"}
+    assert top == {"edgellm", "serving", "guards"}
     assert "edgellm/py.typed" in names
 
 

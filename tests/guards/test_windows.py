@@ -1,0 +1,28 @@
+"""Windows cover a text, and a request that fits into what they share is whole in one of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guards.windows import windows
+
+
+@given(st.integers(0, 3000), st.integers(2, 200), st.data())
+def test_every_run_as_long_as_the_overlap_is_whole_somewhere(length: int, size: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, size - 1))
+    spans = windows(length, size=size, overlap=overlap)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == length
+    assert all(end - begin == min(size, length) for begin, end in spans)
+    assert all(before[1] - after[0] >= overlap for before, after in itertools.pairwise(spans))
+    assert len(spans) <= max(1, -(-length // (size - overlap)))
+
+
+@pytest.mark.parametrize("overlap", [-1, 10, 11])
+def test_an_overlap_that_cannot_be_is_refused(overlap: int) -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        windows(100, size=10, overlap=overlap)
