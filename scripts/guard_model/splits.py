@@ -1,0 +1,77 @@
+"""What is trained on and what is measured on, for a fold: nothing of one side stands on the other."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from guard_model.data import Fold, Prompt, Template, part_of
+
+_PARTS = 20  # one of them is the in-distribution split
+
+
+@dataclass
+class Split:
+    """Prompts to train on, and sets to measure on, by name."""
+
+    train: list[Prompt]
+    templates: list[Template]
+    sets: dict[str, list[Prompt]] = field(default_factory=dict)
+
+
+def split(
+    prompts: Sequence[Prompt],
+    templates: Sequence[Template],
+    fold: Fold | None,
+    *,
+    most: int = 1500,
+    seed: int = 0,
+) -> Split:
+    """`fold` None: only the in-distribution split is left out. `most`: prompts of a set.
+
+    Sets: `direct` (harmful sources left out), `jailbreak` (these in templates of sources left out), `benign` (benign
+    sources left out, as many of each), `hard_negative`, and `in_distribution` (of the sources trained on).
+    """
+    chance = random.Random(seed)
+    out = fold or Fold(frozenset(), frozenset(), frozenset())
+    kept = [prompt for prompt in prompts if not out.holds_out(prompt)]
+    inside = [prompt for prompt in kept if part_of(prompt.family, _PARTS, seed=seed) == 0]
+    train = [prompt for prompt in kept if part_of(prompt.family, _PARTS, seed=seed) != 0]
+    found = Split(train, [template for template in templates if template.source not in out.templates])
+    sets = found.sets
+    direct = [prompt for prompt in prompts if prompt.source in out.harmful]
+    sets["direct"] = _some(direct, most, chance)
+    wrappers = [template for template in templates if template.source in out.templates]
+    if direct and wrappers:
+        sets["jailbreak"] = [_filled(chance.choice(wrappers), chance.choice(direct)) for _ in range(min(most, 500))]
+    benign = [prompt for prompt in prompts if prompt.source in out.benign]
+    near = [prompt for prompt in benign if prompt.kind == "hard_negative"]
+    near += [prompt for prompt in inside if prompt.kind == "hard_negative"]
+    sets["hard_negative"] = _some(near, most, chance)
+    sets["benign"] = _evenly([prompt for prompt in benign if prompt.kind == "benign"], most, chance)
+    sets["in_distribution"] = _some(inside, 2 * most, chance)
+    return found
+
+
+def _filled(template: Template, question: Prompt) -> Prompt:
+    return Prompt(
+        template.around(question.text),
+        True,
+        "jailbreak",
+        template.source,
+        question.lang,
+        f"{template.id}+{question.id}",
+    )
+
+
+def _some(prompts: Sequence[Prompt], most: int, chance: random.Random) -> list[Prompt]:
+    return chance.sample(list(prompts), min(most, len(prompts)))
+
+
+def _evenly(prompts: Sequence[Prompt], most: int, chance: random.Random) -> list[Prompt]:
+    sources = sorted({prompt.source for prompt in prompts})
+    found: list[Prompt] = []
+    for name in sources:
+        found += _some([prompt for prompt in prompts if prompt.source == name], most // len(sources), chance)
+    return found

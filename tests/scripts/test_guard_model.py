@@ -1,0 +1,154 @@
+"""What the guard's classifier is trained on and measured on: folds, splits, made-up texts, figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from guard_model.augment import augmented, surrounded, wrapped
+from guard_model.data import Fold, Prompt, Template, load_prompts, load_templates, make_folds, part_of
+from guard_model.measures import Share, auc, calibration_error, over, threshold_at
+from guard_model.splits import split
+
+LONG = "A long and harmless text about gardens. " * 12
+
+
+def prompts(source: str, kind: str, count: int, text: str = "question") -> list[Prompt]:
+    unsafe = kind == "direct"
+    return [Prompt(f"{text} {source} {n}", unsafe, kind, source, "en", f"{source}-{n}") for n in range(1, count + 1)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Prompt]:
+    harmful = [*prompts("bad", "direct", 60), *prompts("worse", "direct", 40), *prompts("multijail", "direct", 100)]
+    benign = [*prompts("code", "benign", 80, LONG), *prompts("chat", "benign", 60), *prompts("maths", "benign", 50)]
+    return [*harmful, *benign, *prompts("near", "hard_negative", 100)]
+
+
+@pytest.fixture(scope="module")
+def templates() -> list[Template]:
+    return [Template(f"Be {n}. {{prompt}} {{x}} {{prompt}}", f"set{n % 2}", f"set{n % 2}-{n}") for n in range(6)]
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    row = {
+        "text": "a",
+        "label": "unsafe",
+        "kind": "direct",
+        "source": "bad",
+        "lang": "en",
+        "id": "bad-1",
+        "category": None,
+    }
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    wrapper = {"template": "x {prompt}", "placeholder": True, "source": "set0", "id": "set0-1"}
+    other = {"template": "no place", "placeholder": False, "source": "set0", "id": "set0-2"}
+    (tmp_path / "jailbreak_templates.jsonl").write_text(json.dumps(wrapper) + "\n" + json.dumps(other) + "\n")
+    assert load_prompts(tmp_path) == [Prompt("a", True, "direct", "bad", "en", "bad-1")]
+    assert load_templates(tmp_path) == [Template("x {prompt}", "set0", "set0-1")]
+
+
+def test_versions_of_a_question_are_one_family() -> None:
+    families = [prompt.family for prompt in prompts("multijail", "direct", 21)]
+    assert [families.count(name) for name in dict.fromkeys(families)] == [10, 10, 1]
+    assert len({prompt.family for prompt in prompts("bad", "direct", 21)}) == 21
+
+
+def test_every_source_is_held_out(rows: list[Prompt], templates: list[Template]) -> None:
+    folds = make_folds(rows, templates)
+    assert sorted(name for fold in folds for name in fold.harmful) == ["bad", "multijail", "worse"]
+    assert sorted(name for fold in folds for name in fold.benign) == ["chat", "code", "maths", "near"]
+    assert {name for fold in folds for name in fold.templates} == {"set0", "set1"}
+    assert make_folds(reversed(rows), templates) == folds
+
+
+def test_nothing_stands_on_both_sides(rows: list[Prompt], templates: list[Template]) -> None:
+    for fold in make_folds(rows, templates):
+        found = split(rows, templates, fold)
+        trained = {prompt.id for prompt in found.train}
+        for name in ("direct", "benign", "hard_negative", "in_distribution"):
+            assert trained.isdisjoint(prompt.id for prompt in found.sets[name])
+        sources = {prompt.source for prompt in found.train}
+        assert sources.isdisjoint(fold.harmful | fold.benign)
+        assert fold.templates.isdisjoint(template.source for template in found.templates)
+        assert {prompt.source for prompt in found.sets["jailbreak"]} == fold.templates
+        families = {prompt.family for prompt in found.train}
+        assert families.isdisjoint(prompt.family for prompt in found.sets["in_distribution"])
+
+
+def test_a_set_takes_as_many_of_each_benign_source(rows: list[Prompt], templates: list[Template]) -> None:
+    fold = Fold(frozenset({"bad"}), frozenset(), frozenset({"code", "chat"}))
+    found = split(rows, templates, fold, most=20).sets
+    assert sorted(prompt.source for prompt in found["benign"]) == ["chat"] * 10 + ["code"] * 10
+    assert len(found["direct"]) == 20
+    assert "jailbreak" not in found
+
+
+def test_without_a_fold_only_the_in_distribution_split_is_left_out(
+    rows: list[Prompt], templates: list[Template]
+) -> None:
+    found = split(rows, templates, None)
+    assert len(found.train) + sum(part_of(prompt.family, 20) == 0 for prompt in rows) == len(rows)
+    assert found.sets["in_distribution"]
+    assert found.sets["direct"] == found.sets["benign"] == []
+
+
+def test_a_question_stands_wherever_the_template_has_a_place_for_it(templates: list[Template]) -> None:
+    question = prompts("bad", "direct", 1)[0]
+    example = wrapped(question, templates[0])
+    assert example.text == f"Be 0. {question.text} {{x}} {question.text}"
+    assert example.focus is not None
+    assert example.text[slice(*example.focus)] == question.text
+    assert (example.unsafe, example.jailbreak, example.kind) == (True, True, "jailbreak")
+
+
+def test_a_question_in_a_long_text_is_where_the_example_says() -> None:
+    question, carrier, chance = prompts("bad", "direct", 1)[0], prompts("code", "benign", 1, LONG)[0], random.Random(1)
+    places = set()
+    for _ in range(60):
+        example = surrounded(question, carrier, chance)
+        assert example.focus is not None
+        assert example.text[slice(*example.focus)] == question.text
+        assert example.unsafe
+        places.add((example.focus[0] == 0, example.focus[1] == len(example.text)))
+    assert places == {(True, False), (False, True), (False, False)}
+
+
+def test_wrappers_and_surroundings_say_nothing_about_the_label(rows: list[Prompt], templates: list[Template]) -> None:
+    examples = augmented(rows, templates, wrapped_each=5, surrounded_each=1, seed=3)
+    assert len(examples) == len(rows) + 2 * 5 * len(templates) + 2000
+    made = examples[len(rows) :]
+    assert sum(example.unsafe for example in made) == len(made) / 2
+    assert sum(example.unsafe for example in made if example.jailbreak) == 5 * len(templates)
+    assert examples == augmented(rows, templates, wrapped_each=5, surrounded_each=1, seed=3)
+
+
+def test_at_most_the_given_share_of_benign_scores_is_above_the_threshold() -> None:
+    benign = np.random.default_rng(0).normal(size=1000)
+    for share in (0.0, 0.01, 0.05, 0.5):
+        threshold = threshold_at(benign, share)
+        assert over(benign, threshold).count == int(share * 1000)
+    assert over([0.0] * 10, threshold_at([0.0] * 10, 0.5)).count == 0  # of equal scores all or none are above
+
+
+def test_wilsons_interval() -> None:
+    low, high = Share(5, 10).interval
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))  # Wilson 1927
+    assert Share(0, 20).interval[0] == 0.0
+    assert math.isnan(Share(0, 0).value)
+    assert str(Share(9, 10)).startswith("90.0% (")
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    good, bad = [3.0, 2.0, 2.0, 0.5], [1.0, 2.0, 0.0]
+    pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
+    assert auc(good, bad) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_calibration_error_is_the_mean_gap() -> None:
+    assert calibration_error([0.1] * 10 + [0.9] * 10, [True] + [False] * 9 + [True] * 9 + [False]) == pytest.approx(0)
+    assert calibration_error([1.0] * 4, [True, True, False, False]) == pytest.approx(0.5)
