@@ -19,7 +19,8 @@ _LEAST_DECODED = 8  # characters; shorter texts say little and turn up by chance
 _READABLE = 0.95  # of the characters of a decoded text
 _BASE64 = re.compile(r"(?<![\w+/=-])[A-Za-z0-9+/_-]{12,}={0,2}(?![\w+/=-])")
 _HEX = re.compile(r"(?<!\w)(?:(?:0x|\\x)?[0-9a-fA-F]{2}[\s,:]?){8,}(?!\w)")
-_PERCENT = re.compile(r"(?:%[0-9a-fA-F]{2}){3,}|(?:[\w.~-]*%[0-9a-fA-F]{2}[\w.~-]*){3,}")
+_PERCENT = re.compile(r"%[0-9a-fA-F]{2}")
+_LEAST_PERCENTS = 3  # in a word: two may be a name in an address
 
 _GAP = r"[ \t\n.\-_*/|,·•~+]"
 _APART = re.compile(rf"(?<![^\W_])[^\W\d_](?:(?:{_GAP}{{1,4}}[^\W_]){{3,}}|(?:[.\-_*|][^\W_]){{2}})(?![^\W_])")
@@ -118,13 +119,19 @@ class Undisguiser:
 def _decoded(text: str) -> str:
     """`text` with what is encoded in it replaced by what it says."""
     for _ in range(_MOST_LAYERS):
-        read = _PERCENT.sub(lambda match: _or_same(match[0], urllib.parse.unquote_to_bytes(match[0])), text)
+        read = _CHUNK.sub(_from_percents, text)
         read = _HEX.sub(_from_hex, read)
         read = _BASE64.sub(_from_base64, read)
         if read == text:
             break
         text = read
     return text
+
+
+def _from_percents(match: re.Match[str]) -> str:
+    if len(_PERCENT.findall(match[0])) < _LEAST_PERCENTS:
+        return match[0]
+    return _or_same(match[0], urllib.parse.unquote_to_bytes(match[0]))
 
 
 def _from_hex(match: re.Match[str]) -> str:

@@ -18,6 +18,7 @@ from bench.client import Answer, BenchError
 from bench.measures import Load, measure_startup, model_id, under_load
 from bench.servers import Contender, Limits, RunningServer
 from bench.spec_tasks import Task
+from edgellm.engine.draft_loading import FREE
 
 OURS, RIVAL = "edgellm", "llama-server"
 RIVAL_MODES = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache")
@@ -25,7 +26,6 @@ RIVAL_MODES = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngr
 
 _SAMPLE = re.compile(r"^(\w+)\{([^}]*)\} ([0-9.eE+-]+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-_MODEL_FREE = ("auto", "none", "ngram")
 _REFUSAL = re.compile(r"\b((?:draft model|the target and draft|failed to initialize speculative).*)", re.IGNORECASE)
 _COMPLAINT = re.compile(r"must (closely )?match|not compatible|failed|not supported", re.IGNORECASE)
 
@@ -102,7 +102,7 @@ def our_sides(command: list[str], limits: Limits, drafts: Sequence[str], extra: 
     for text in drafts:
         value, options = named_options(text)
         # A drafter that adapts while another server is measured would take that one's processors.
-        fixed = [] if value in _MODEL_FREE else ["--adapt", "off"]
+        fixed = [] if value in FREE else ["--adapt", "off"]
         flags = [*([] if same else ["--draft", value, *fixed]), *options]
         name = " ".join((OURS, Path(value).stem if value.endswith(".gguf") else value, *options))
         sides.append(Side(name, servers.edgellm(command, limits, [*flags, *extra]), OURS))

@@ -1,1 +1,1 @@
-"""Data, splits and training of the guard's classifier, for scripts/train_guard and scripts/bench_guard."""
+"""The data that the guard's classifier will be trained on: folds by source, splits, made-up texts, figures."""

@@ -24,7 +24,6 @@ class Example:
     lang: str
     kind: str
     focus: tuple[int, int] | None = None  # begin and end in characters
-    weight: float = 1.0
 
 
 _JOINTS = ("\n\n", " ", "\n---\n", "\n\nQuestion: ", "\n\nUser: ", " Also, ", "\n\nBy the way: ", "\n\nNow: ")
@@ -72,7 +71,7 @@ def augmented(
     seed: int,
 ) -> list[Example]:
     """The prompts themselves; with each template, `wrapped_each` harmful questions and as many harmless ones;
-    `surrounded_each` thousand harmful questions and as many harmless ones in long harmless texts."""
+    `surrounded_each` harmful questions and as many harmless ones in long harmless texts."""
     chance = random.Random(seed)
     harmful = [prompt for prompt in prompts if prompt.unsafe]
     short = [prompt for prompt in prompts if not prompt.unsafe and len(prompt.text) < 400]
@@ -83,6 +82,6 @@ def augmented(
             picked = chance.sample(questions, min(wrapped_each, len(questions)))
             examples += [wrapped(question, template) for question in picked]
     for questions in (harmful, short):
-        for _ in range(1000 * surrounded_each):
+        for _ in range(surrounded_each):
             examples.append(surrounded(chance.choice(questions), chance.choice(long), chance))
     return examples

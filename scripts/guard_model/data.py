@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,11 @@ def part_of(name: str, parts: int, *, seed: int = 0) -> int:
 
 
 def make_folds(prompts: Iterable[Prompt], templates: Iterable[Template]) -> list[Fold]:
-    """One fold for each harmful source; template sources and benign sources are dealt out over them.
-
-    A fold that leaves out one source of a kind of text (code, personas, ...) is mostly trained on another of that kind.
-    """
+    """One fold for each harmful source; template sources and benign sources are dealt out over them, for like numbers
+    of benign rows."""
     rows = list(prompts)
     harmful = sorted({row.source for row in rows if row.unsafe})
-    sizes = {name: sum(row.source == name for row in rows) for name in {row.source for row in rows if not row.unsafe}}
+    sizes = Counter(row.source for row in rows if not row.unsafe)
     template_sources = sorted({template.source for template in templates})
     benign: list[set[str]] = [set() for _ in harmful]
     loads = [0] * len(harmful)

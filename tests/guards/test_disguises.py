@@ -93,6 +93,12 @@ def test_letters_run_together_are_cut_into_words(reader: Undisguiser) -> None:
     assert reader.segmented("") == ""
 
 
+@pytest.mark.parametrize("unit", ["x", "a%41", "a ", "ab", "QUJD", ".", "-", "_", "a.", "ab ", "%", "4"])
+def test_a_long_run_is_read_in_linear_time(reader: Undisguiser, unit: str) -> None:
+    """No clock: what takes the square of the time would not end here."""
+    reader.undisguised(unit * 200_000 + "\u00e9")
+
+
 @given(st.text(max_size=200))
 def test_any_text_can_be_read(text: str) -> None:
     found = Undisguiser(WORDS).undisguised(text)

@@ -173,6 +173,7 @@ def test_sides_differ_by_their_drafting_alone() -> None:
     assert (auto.name, auto.base) == ("edgellm auto --adapt off", "edgellm")
     assert model.name == "edgellm small"
     assert plain.contender.command[-3:] == ("--draft", "none", "-x")
+    assert model.contender.command[-5:] == ("--draft", "/m/small.gguf", "--adapt", "off", "-x")
     assert auto.contender.command[-5:] == ("--draft", "auto", "--adapt", "off", "-x")
     one, other = spec_runs.our_sides(["e"], limits, ["auto"], [], same=True)
     assert one.contender.command == other.contender.command

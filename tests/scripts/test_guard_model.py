@@ -119,12 +119,12 @@ def test_a_question_in_a_long_text_is_where_the_example_says() -> None:
 
 
 def test_wrappers_and_surroundings_say_nothing_about_the_label(rows: list[Prompt], templates: list[Template]) -> None:
-    examples = augmented(rows, templates, wrapped_each=5, surrounded_each=1, seed=3)
+    examples = augmented(rows, templates, wrapped_each=5, surrounded_each=1000, seed=3)
     assert len(examples) == len(rows) + 2 * 5 * len(templates) + 2000
     made = examples[len(rows) :]
     assert sum(example.unsafe for example in made) == len(made) / 2
     assert sum(example.unsafe for example in made if example.jailbreak) == 5 * len(templates)
-    assert examples == augmented(rows, templates, wrapped_each=5, surrounded_each=1, seed=3)
+    assert examples == augmented(rows, templates, wrapped_each=5, surrounded_each=1000, seed=3)
 
 
 def test_at_most_the_given_share_of_benign_scores_is_above_the_threshold() -> None:
