@@ -11,11 +11,13 @@ import pytest
 pytest.importorskip("torch")
 
 from edgellm.backend.model import VocabFile
+from edgellm.config import load_settings
 from edgellm.speculative.buffer import AnswerBuffer, Record
 from edgellm.speculative.ngram_cache import vocabulary_fingerprint
 from edgellm.speculative.places import file_mark, merged_path
 from edgellm.tune.adapting import ANSWERS_NEW
 from edgellm.tune.merge import merge_adapter
+from serving import adaptation as adaptation_module
 from tests.serving.server import Server, run_edgellm, serving, wait_until
 from tests.serving.test_drafts import make_rows_free
 from tests.support.tiny_gguf import write_tiny_llama, write_tiny_lora
@@ -146,3 +148,24 @@ def test_an_unsound_adapter_is_no_obstacle(tmp_path: Path, models: Models, conte
     with serving(home, *options(models)) as server:
         assert ask(server, 1)["choices"]
         assert "as if it had learned nothing" in server.log.read_text()
+
+
+@pytest.mark.parametrize(("after", "begins"), [("30s", False), ("0s", True)])
+def test_other_programs_are_waited_for_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str, begins: bool
+) -> None:
+    class Busy:
+        def look(self) -> bool:
+            return False
+
+    monkeypatch.setattr(adaptation_module, "MachineRest", Busy)
+    settings = load_settings(adapt_after_s=after)
+    found = adaptation_module.Adaptation(
+        settings,
+        tmp_path,
+        None,
+        None,
+        quiet_s=lambda: 1000.0,
+        training=lambda: False,  # type: ignore[arg-type]
+    )
+    assert found._adapting._idle() is begins
