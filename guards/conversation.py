@@ -38,7 +38,7 @@ class Part:
 
 def parts(turns: Sequence[Turn], refusals: Sequence[str] = ()) -> Iterator[Part]:
     """What is judged: every turn but the operator's instructions, those after the last answer at full weight, and the
-    latest turns of the user in one piece.
+    latest turns of the user in one piece, at full weight where the last is too short to stand for itself.
 
     A turn that was answered with one of `refusals` has had its answer: it is judged no more, so that the conversation
     can go on about something else, unless the newest turn is so short that it may ask for just that.
@@ -55,10 +55,12 @@ def parts(turns: Sequence[Turn], refusals: Sequence[str] = ()) -> Iterator[Part]
         earlier = EARLIER_ANSWER if turn.role == "assistant" else EARLIER_TURN
         yield Part(turn.text, index, 0.0 if index >= newest else earlier)
     spoken = [index for index, turn in enumerate(turns) if turn.role == "user" and turn.text.strip()]
-    if spoken and len(turns[spoken[-1]].text.split()) > _SHORT:
+    alone = bool(spoken) and len(turns[spoken[-1]].text.split()) > _SHORT
+    if alone:
         spoken = [index for index in spoken if index not in refused]
     if len(spoken) > 1:
-        yield Part("\n".join(turns[index].text for index in spoken[-_JOINED:]), spoken[-1])
+        joined = "\n".join(turns[index].text for index in spoken[-_JOINED:])
+        yield Part(joined, spoken[-1], EARLIER_TURN if alone and spoken[-2] < newest else 0.0)
 
 
 def _newest(turns: Sequence[Turn]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from guard_model.data import PLACEHOLDER, Prompt, Template
+from guards.categories import Category
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,18 @@ class Example:
     lang: str
     kind: str
     focus: tuple[int, int] | None = None  # begin and end in characters
+    categories: frozenset[Category] = frozenset()  # as a Prompt's
 
 
+_FEW_WORDS = 0.6  # how often the surroundings are only 4 to 50 words
 _JOINTS = ("\n\n", " ", "\n---\n", "\n\nQuestion: ", "\n\nUser: ", " Also, ", "\n\nBy the way: ", "\n\nNow: ")
 
 
 def plain(prompt: Prompt) -> Example:
     """The prompt as it is."""
-    return Example(prompt.text, prompt.unsafe, False, prompt.source, prompt.lang, prompt.kind)
+    return Example(
+        prompt.text, prompt.unsafe, False, prompt.source, prompt.lang, prompt.kind, categories=prompt.categories
+    )
 
 
 def wrapped(question: Prompt, template: Template) -> Example:
@@ -39,27 +44,31 @@ def wrapped(question: Prompt, template: Template) -> Example:
     before = template.text.index(PLACEHOLDER)
     kind = "jailbreak" if question.unsafe else "wrapped"
     focus = (before, before + len(question.text))
-    return Example(template.around(question.text), question.unsafe, True, question.source, question.lang, kind, focus)
+    text = template.around(question.text)
+    return Example(text, question.unsafe, True, question.source, question.lang, kind, focus, question.categories)
 
 
 def surrounded(question: Prompt, carrier: Prompt, chance: random.Random) -> Example:
-    """The question before, after or in the middle of a harmless text."""
+    """The question before, after or in the middle of a harmless text, or of a few words of it."""
     joint = chance.choice(_JOINTS)
+    words = carrier.text.split(" ")
+    if chance.random() < _FEW_WORDS:
+        count = chance.randint(4, 50)
+        begin = chance.randrange(max(1, len(words) - count))
+        words = words[begin : begin + count]
     where = chance.choice(("before", "after", "after", "middle"))
     if where == "before":
-        text, begin = question.text + chance.choice(("\n\n", "\n---\n", " ")) + carrier.text, 0
+        text, begin = question.text + chance.choice(("\n\n", "\n---\n", " ")) + " ".join(words), 0
     else:
-        head, tail = carrier.text, ""
+        head, tail = " ".join(words), ""
         if where == "middle":
-            words = carrier.text.split(" ")
             cut = chance.randrange(len(words) + 1)
             head, tail = " ".join(words[:cut]), " " + " ".join(words[cut:])
         begin = len(head) + len(joint)
         text = head + joint + question.text + tail
     kind = "surrounded" if question.unsafe else "benign"
-    return Example(
-        text, question.unsafe, False, question.source, question.lang, kind, (begin, begin + len(question.text))
-    )
+    focus = (begin, begin + len(question.text))
+    return Example(text, question.unsafe, False, question.source, question.lang, kind, focus, question.categories)
 
 
 def augmented(

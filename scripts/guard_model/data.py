@@ -1,7 +1,7 @@
 """The labelled prompts that the guard is trained on, and the folds in which it is measured.
 
-Input files are those of the data set's README: `prompts.jsonl` with `text`, `label`, `kind`, `source`, `lang`, `id`;
-`jailbreak_templates.jsonl` with `template`, `placeholder`, `source`, `id`.
+Input files are those of the data set's README: `prompts.jsonl` with `text`, `label`, `kind`, `category`, `source`,
+`lang`, `id`; `jailbreak_templates.jsonl` with `template`, `placeholder`, `source`, `id`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from guard_model.labels import categories, is_advice
+from guards.categories import Category
 
 PLACEHOLDER = "{prompt}"
 MULTIJAIL_LANGUAGES = 10  # versions of each of its questions, one after the other
@@ -28,6 +31,7 @@ class Prompt:
     source: str
     lang: str
     id: str
+    categories: frozenset[Category] = frozenset()  # of an unsafe text; empty: not known
 
     @property
     def family(self) -> str:
@@ -63,11 +67,21 @@ class Fold:
         return prompt.source in self.harmful or prompt.source in self.benign
 
 
-def load_prompts(folder: Path) -> list[Prompt]:
-    """All labelled prompts."""
+def load_prompts(folder: Path, *, advice: bool = False) -> list[Prompt]:
+    """All labelled prompts; `advice`: also those that their source calls unsafe and that may well be answered
+    (`labels.is_advice`)."""
     return [
-        Prompt(row["text"], row["label"] == "unsafe", row["kind"], row["source"], row["lang"], row["id"])
+        Prompt(
+            row["text"],
+            row["label"] == "unsafe",
+            row["kind"],
+            row["source"],
+            row["lang"],
+            row["id"],
+            categories(row["source"], row["category"]) if row["label"] == "unsafe" else frozenset(),
+        )
         for row in _rows(folder / "prompts.jsonl")
+        if advice or row["label"] == "safe" or not is_advice(row["category"])
     ]
 
 
@@ -86,27 +100,32 @@ def part_of(name: str, parts: int, *, seed: int = 0) -> int:
     return int.from_bytes(digest[:8], "big") % parts
 
 
-def make_folds(prompts: Iterable[Prompt], templates: Iterable[Template]) -> list[Fold]:
-    """One fold for each harmful source; template sources and benign sources are dealt out over them, for like numbers
-    of benign rows."""
+def make_folds(prompts: Iterable[Prompt], templates: Iterable[Template], count: int | None = None) -> list[Fold]:
+    """`count` folds (default: one for each harmful source), and one for each source of hard negatives, of which there
+    are too few for every fold to be trained on some of them otherwise. Harmful and benign sources are dealt out over
+    the folds, each for like numbers of rows, so that every source is held out once; template sources by turns."""
     rows = list(prompts)
-    harmful = sorted({row.source for row in rows if row.unsafe})
-    sizes = Counter(row.source for row in rows if not row.unsafe)
-    template_sources = sorted({template.source for template in templates})
-    benign: list[set[str]] = [set() for _ in harmful]
-    loads = [0] * len(harmful)
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = min(range(len(harmful)), key=loads.__getitem__)
-        benign[least].add(name)
-        loads[least] += sizes[name]
-    return [
-        Fold(
-            frozenset({name}),
-            frozenset({template_sources[index % len(template_sources)]}),
-            frozenset(benign[index]),
-        )
-        for index, name in enumerate(harmful)
+    harmful = _dealt(Counter(row.source for row in rows if row.unsafe), count)
+    benign = _dealt(Counter(row.source for row in rows if row.kind == "benign"), len(harmful))
+    near = sorted({row.source for row in rows if row.kind == "hard_negative"})
+    names = sorted({template.source for template in templates})
+    folds = [
+        Fold(bad, frozenset({names[index % len(names)]}), good)
+        for index, (bad, good) in enumerate(zip(harmful, benign, strict=True))
     ]
+    return folds + [Fold(frozenset(), frozenset(), frozenset({name})) for name in near]
+
+
+def _dealt(sizes: Counter[str], count: int | None) -> list[frozenset[str]]:
+    if count is None:
+        return [frozenset({name}) for name in sorted(sizes)]
+    hands: list[set[str]] = [set() for _ in range(count)]
+    loads = [0] * count
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = min(range(count), key=loads.__getitem__)
+        hands[least].add(name)
+        loads[least] += sizes[name]
+    return [frozenset(hand) for hand in hands]
 
 
 def _rows(file: Path) -> Sequence[dict[str, Any]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from guard_model.data import Fold, Prompt, Template, part_of
 
 _PARTS = 20  # one of them is the in-distribution split
+_FILLED = 400  # templates of a fold with questions in them
+_QUESTION = 400  # characters at most
 
 
 @dataclass
@@ -30,8 +32,9 @@ def split(
 ) -> Split:
     """`fold` None: only the in-distribution split is left out. `most`: prompts of a set.
 
-    Sets: `direct` (harmful sources left out), `jailbreak` (these in templates of sources left out), `benign` (benign
-    sources left out, as many of each), `hard_negative`, and `in_distribution` (of the sources trained on).
+    Sets: `direct` (harmful sources left out), `jailbreak` (these in templates of sources left out), `wrapped` (harmless
+    questions in them), `benign` (benign sources left out, as many of each), `hard_negative`, and `in_distribution` (of
+    the sources trained on).
     """
     chance = random.Random(seed)
     out = fold or Fold(frozenset(), frozenset(), frozenset())
@@ -43,9 +46,13 @@ def split(
     direct = [prompt for prompt in prompts if prompt.source in out.harmful]
     sets["direct"] = _some(direct, most, chance)
     wrappers = [template for template in templates if template.source in out.templates]
-    if direct and wrappers:
-        sets["jailbreak"] = [_filled(chance.choice(wrappers), chance.choice(direct)) for _ in range(min(most, 500))]
     benign = [prompt for prompt in prompts if prompt.source in out.benign]
+    harmless = [prompt for prompt in benign if len(prompt.text) < _QUESTION]
+    if wrappers:
+        for name, questions in (("jailbreak", direct), ("wrapped", harmless)):
+            if questions:
+                filled = (_filled(name, chance.choice(wrappers), chance.choice(questions)) for _ in range(_FILLED))
+                sets[name] = list(filled)
     near = [prompt for prompt in benign if prompt.kind == "hard_negative"]
     near += [prompt for prompt in inside if prompt.kind == "hard_negative"]
     sets["hard_negative"] = _some(near, most, chance)
@@ -54,11 +61,11 @@ def split(
     return found
 
 
-def _filled(template: Template, question: Prompt) -> Prompt:
+def _filled(kind: str, template: Template, question: Prompt) -> Prompt:
     return Prompt(
         template.around(question.text),
-        True,
-        "jailbreak",
+        question.unsafe,
+        kind,
         template.source,
         question.lang,
         f"{template.id}+{question.id}",

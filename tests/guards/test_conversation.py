@@ -49,6 +49,12 @@ def test_a_request_spread_over_turns_is_read_as_one() -> None:
     assert _judged(*turns)[-1] == Part("u2\nu3\nu4", 8)  # type: ignore[arg-type]
 
 
+def test_turns_joined_to_a_question_that_stands_for_itself_count_less() -> None:
+    long = "and now something that is a question by itself"
+    assert _judged(("user", "one"), ("assistant", "two"), ("user", long))[-1] == Part(f"one\n{long}", 2, EARLIER_TURN)
+    assert _judged(("user", "one"), ("user", long))[-1] == Part(f"one\n{long}", 1)
+
+
 def test_a_refused_turn_does_not_spoil_the_rest() -> None:
     new = "let us talk about how bread is baked instead"
     assert [part.text for part in _judged(("user", "bad"), ("assistant", REFUSAL), ("user", new))] == [REFUSAL, new]

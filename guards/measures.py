@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 _Z = 1.96  # of a 95 % interval
 
@@ -56,14 +57,16 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     return float(mine / (len(positive) * len(negative))) if len(positive) and len(negative) else math.nan
 
 
-def calibration_error(probabilities: Sequence[float], labels: Sequence[bool], bins: int = 15) -> float:
-    """Expected calibration error over bins of equal width (Naeini et al. 2015; Guo et al. 2017, section 2)."""
+def calibration_error(
+    probabilities: Sequence[float],
+    labels: Sequence[bool],
+    bins: int = 15,
+    weights: Sequence[float] | npt.NDArray[np.float64] | None = None,
+) -> float:
+    """Expected calibration error over bins of equal width (Naeini et al. 2015; Guo et al. 2017, section 2). `weights`:
+    how much each text counts (default: all alike)."""
     p, y = np.asarray(probabilities), np.asarray(labels, dtype=float)
+    w = np.ones(len(p)) if weights is None else np.asarray(weights, dtype=float)
     place = np.minimum((p * bins).astype(int), bins - 1)
-    return float(
-        sum(
-            (place == index).mean() * abs(p[place == index].mean() - y[place == index].mean())
-            for index in range(bins)
-            if (place == index).any()
-        )
-    )
+    gaps = [abs((w * (p - y))[place == index].sum()) for index in range(bins)]
+    return float(sum(gaps) / w.sum())

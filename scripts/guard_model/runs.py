@@ -1,0 +1,112 @@
+"""Training runs: a classifier for each fold, scored on what it never saw, and the one that is shipped."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from guard_model.augment import augmented
+from guard_model.data import Fold, Prompt
+from guard_model.encoder import Encoder, pretrained
+from guard_model.encoding import OUTPUTS, OVERLAP, WINDOW, Encoding, Window
+from guard_model.export import write_model
+from guard_model.scoring import Scored, scored
+from guard_model.splits import Split
+from guard_model.training import Recipe, blended, train
+from guards import Guard
+from guards.card import Scale
+
+LONG = 300  # characters: of longer harmless prompts only some are trained on, for they are many and cost the most
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What an epoch is made of."""
+
+    wrapped_each: int = 5
+    surrounded_each: int = 4000
+    long_share: float = 0.3  # of harmless prompts over LONG characters, drawn anew for each epoch
+    near_share: float = 0.08  # of hard negatives: more of them teach that what is unlike the training data is safe
+    foreign_share: float = 0.3  # of unsafe prompts that are not in English: harmless ones are few in most languages
+
+
+def fold_name(fold: Fold | None) -> str:
+    """For files and tables: its harmful sources, or the benign ones where it has none."""
+    return "+".join(sorted(fold.harmful or fold.benign)) if fold else "all"
+
+
+def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, mix: Mix) -> None:
+    """Trains a classifier on what `found` leaves it and writes its states (probed, tuned) to `states.pt` in `folder`,
+    unless they are there."""
+    file = folder / "states.pt"
+    if file.is_file():
+        return
+    encoding = Encoding(encoder_folder / "tokenizer.json")
+    torch.manual_seed(recipe.seed)
+    encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers)
+    print(f"{name}: {len(found.train)} prompts, {len(found.templates)} templates", file=sys.stderr)
+    probed = train(encoder, _epochs(found, encoding, recipe, mix), recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save((probed, encoder.state_dict()), file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def judged(
+    found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, blend: float
+) -> list[Scored]:
+    """The classifier of `trained` at a blend, written into `folder` with a card that scales nothing, and what it says
+    of the sets that it did not see."""
+    encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers)
+    encoder.load_state_dict(blended(*torch.load(folder / "states.pt"), blend))
+    write_model(encoder, encoder_folder / "tokenizer.json", folder)
+    write_card(folder, {output: Scale() for output in OUTPUTS}, {"strict": 0.5, "balanced": 0.5}, 0.0)
+    guard = Guard(folder=folder)
+    rows: list[Scored] = []
+    for members_name, members in found.sets.items():
+        rows += scored(guard, name, members_name, members)
+    return rows
+
+
+def write_card(
+    folder: Path, scales: dict[str, Scale], thresholds: dict[str, float], foreign_handicap: float, **more: object
+) -> None:
+    """`card.json` as `guards.card.read_card` reads it. `more`: what is for people."""
+    card = {
+        "version": "untrained",
+        "outputs": list(OUTPUTS),
+        "scales": {name: {"slope": scale.slope, "bias": scale.bias} for name, scale in scales.items()},
+        "thresholds": thresholds,
+        "jailbreak_threshold": 0.5,
+        "foreign_handicap": foreign_handicap,
+        "window_tokens": WINDOW,
+        "overlap_tokens": OVERLAP,
+        **more,
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _epochs(found: Split, encoding: Encoding, recipe: Recipe, mix: Mix) -> Callable[[int], Sequence[Window]]:
+    def windows(epoch: int) -> Sequence[Window]:
+        seed = 1000 * recipe.seed + epoch
+        chance = random.Random(seed)
+        kept = [prompt for prompt in found.train if chance.random() < _share(prompt, mix)]
+        examples = augmented(
+            kept, found.templates, wrapped_each=mix.wrapped_each, surrounded_each=mix.surrounded_each, seed=seed
+        )
+        return encoding.training_windows(examples, chance)
+
+    return windows
+
+
+def _share(prompt: Prompt, mix: Mix) -> float:
+    if prompt.unsafe:
+        return 1.0 if prompt.lang == "en" else mix.foreign_share
+    if prompt.kind == "hard_negative":
+        return mix.near_share
+    return mix.long_share if len(prompt.text) > LONG else 1.0

@@ -1,0 +1,152 @@
+"""How the encoder is trained, and how it scores."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from guard_model.encoder import Encoder
+from guard_model.encoding import OUTPUTS, Window
+from guards.categories import CATEGORIES
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an encoder is trained."""
+
+    layers: int = 3  # of the pretrained ones, the first
+    probe_rate: float = 1e-3
+    probe_epochs: float = 0.4  # of the head alone, before: what was pretrained is bent less (Kumar et al. 2022)
+    rate: float = 1e-4  # of what was pretrained
+    head_rate: float = 5e-4
+    epochs: float = 1.0
+    batch_tokens: int = 3072
+    warmup: float = 0.06  # share of all steps
+    decay: float = 0.01
+    jailbreak_weight: float = 0.3  # of its loss; that of `unsafe` is 1
+    category_weight: float = 0.3  # of each
+    seed: int = 0
+
+
+def batches(windows: Sequence[Window], tokens: int, chance: random.Random) -> list[list[Window]]:
+    """Windows of like length together, at most `tokens` with padding; the batches in random order."""
+    shuffled = list(windows)
+    chance.shuffle(shuffled)
+    shuffled.sort(key=lambda window: len(window.ids) // 8)
+    found: list[list[Window]] = []
+    longest = 0
+    for window in shuffled:
+        longest = max(longest, len(window.ids))
+        if not found or (len(found[-1]) + 1) * longest > tokens:
+            found.append([])
+            longest = len(window.ids)
+        found[-1].append(window)
+    chance.shuffle(found)
+    return found
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids (rows, longest), and which of them are not padding; None where all are of one length."""
+    longest = max(map(len, rows))
+    if all(len(row) == longest for row in rows):
+        return torch.tensor(rows), None
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    seen = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        seen[index, : len(row)] = True
+    return ids, seen
+
+
+def train(encoder: Encoder, epoch_windows: Callable[[int], Sequence[Window]], recipe: Recipe) -> State:
+    """Trains in place: the head, then all of it. `epoch_windows`: the windows of an epoch, drawn anew for each.
+    Returns the state between the two, for `blended`."""
+    torch.manual_seed(recipe.seed)
+    body = [parameter for name, parameter in encoder.named_parameters() if not name.startswith("head.")]
+    head = list(encoder.head.parameters())
+    for parameter in body:
+        parameter.requires_grad = False
+    _train(encoder, _plan(epoch_windows, recipe.probe_epochs, recipe), [(head, recipe.probe_rate)], recipe)
+    probed = {name: value.clone() for name, value in encoder.state_dict().items()}
+    for parameter in body:
+        parameter.requires_grad = True
+    plan = _plan(epoch_windows, recipe.epochs, recipe)
+    _train(encoder, plan, [(head, recipe.head_rate), (body, recipe.rate)], recipe)
+    return probed
+
+
+def blended(probed: State, tuned: State, share: float) -> State:
+    """Weights between those of the probed head on the pretrained body and the tuned ones: what is far from the training
+    data is judged better for it (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models")."""
+    return {name: (1.0 - share) * probed[name] + share * value for name, value in tuned.items()}
+
+
+def _train(
+    encoder: Encoder,
+    plan: Sequence[Sequence[Window]],
+    rates: Sequence[tuple[Sequence[nn.Parameter], float]],
+    recipe: Recipe,
+) -> None:
+    groups = [{"params": parameters, "lr": rate, "weight_decay": recipe.decay} for parameters, rate in rates]
+    optimiser = torch.optim.AdamW(groups)
+    warm = max(1, int(recipe.warmup * len(plan)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm, max(0.0, (len(plan) - step) / max(1, len(plan) - warm)))
+    )
+    weights = torch.tensor([1.0, recipe.jailbreak_weight, *[recipe.category_weight] * len(CATEGORIES)])
+    encoder.train()
+    started, mean = time.monotonic(), 0.0
+    for step, batch in enumerate(plan):
+        ids, seen = padded([window.ids for window in batch])
+        labels = torch.tensor([window.labels for window in batch])
+        known = torch.tensor([window.known for window in batch])
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            encoder(ids, seen), labels, known * weights, reduction="sum"
+        ) / len(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        mean += 0.02 * (loss.item() - mean) if step else loss.item()
+        if step % 100 == 99 or step + 1 == len(plan):
+            seconds = time.monotonic() - started
+            print(f"step {step + 1} of {len(plan)}, loss {mean:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    encoder.eval()
+
+
+def _plan(epoch_windows: Callable[[int], Sequence[Window]], epochs: float, recipe: Recipe) -> list[list[Window]]:
+    chance = random.Random(recipe.seed)
+    plan: list[list[Window]] = []
+    whole, rest = int(epochs), epochs % 1
+    for epoch in range(math.ceil(epochs)):
+        found = batches(epoch_windows(epoch), recipe.batch_tokens, chance)
+        plan += found if epoch < whole else found[: int(rest * len(found))]
+    return plan
+
+
+def scores(encoder: Encoder, rows: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> npt.NDArray[np.float32]:
+    """Logits of windows of token ids, (rows, outputs)."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    found = np.zeros((len(rows), len(OUTPUTS)), dtype=np.float32)
+    begin = 0
+    with torch.inference_mode():
+        while begin < len(order):
+            end = begin + 1
+            while end < len(order) and (end + 1 - begin) * len(rows[order[end]]) <= batch_tokens:
+                end += 1
+            picked = order[begin:end]
+            found[picked] = encoder(*padded([rows[index] for index in picked])).numpy()
+            begin = end
+    return found

@@ -1,0 +1,251 @@
+"""How the guard's classifier is made: windows to learn from, the encoder, its training, its export, its calibration."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+from guard_model import scoring  # noqa: E402
+from guard_model.augment import Example, plain, surrounded, wrapped  # noqa: E402
+from guard_model.data import Prompt, Template  # noqa: E402
+from guard_model.encoder import HEADS, Encoder, pretrained  # noqa: E402
+from guard_model.encoding import OUTPUTS, WINDOW, Encoding  # noqa: E402
+from guard_model.training import Recipe, batches, blended, padded, scores, train  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+
+from guards.card import Scale  # noqa: E402
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(60)), "bomb", "bread", "##s"]
+WIDTH, INNER, LAYERS = 2 * HEADS, 40, 3
+Array = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and a BERT of random weights, as the encoder's directory holds them."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = Tokenizer(WordPiece({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(_weights(), folder / "model.safetensors")
+    return folder
+
+
+def _weights() -> dict[str, Array]:
+    draw = np.random.default_rng(0)
+
+    def some(*shape: int) -> Array:
+        return draw.normal(0, 0.2, shape).astype(np.float32)
+
+    def norm(name: str) -> dict[str, Array]:
+        return {f"{name}.weight": 1 + some(WIDTH), f"{name}.bias": some(WIDTH)}
+
+    def linear(name: str, out: int, into: int) -> dict[str, Array]:
+        return {f"{name}.weight": some(out, into), f"{name}.bias": some(out)}
+
+    found = {
+        "embeddings.word_embeddings.weight": some(len(WORDS), WIDTH),
+        "embeddings.position_embeddings.weight": some(512, WIDTH),
+        "embeddings.token_type_embeddings.weight": some(2, WIDTH),
+        **norm("embeddings.LayerNorm"),
+    }
+    for layer in range(LAYERS + 1):
+        place = f"encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            found |= linear(f"{place}.attention.self.{name}", WIDTH, WIDTH)
+        found |= linear(f"{place}.attention.output.dense", WIDTH, WIDTH)
+        found |= norm(f"{place}.attention.output.LayerNorm") | norm(f"{place}.output.LayerNorm")
+        found |= linear(f"{place}.intermediate.dense", INNER, WIDTH) | linear(f"{place}.output.dense", WIDTH, INNER)
+    return found
+
+
+def _reference(ids: list[int], layers: int) -> list[Array]:
+    """BERT written out in numpy, for one text: the states after each layer, (tokens, width). The first: embedded."""
+    w = _weights()
+
+    def norm(x: Array, name: str) -> Array:
+        spread = np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return np.asarray((x - x.mean(-1, keepdims=True)) / spread * w[f"{name}.weight"] + w[f"{name}.bias"])
+
+    def linear(x: Array, name: str) -> Array:
+        return np.asarray(x @ w[f"{name}.weight"].T + w[f"{name}.bias"])
+
+    x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][: len(ids)]
+    states = [norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")]
+    for layer in range(layers):
+        x, place = states[-1], f"encoder.layer.{layer}"
+        q, k, v = (linear(x, f"{place}.attention.self.{name}") for name in ("query", "key", "value"))
+        mixed, size = np.zeros_like(x), WIDTH // HEADS
+        for head in range(HEADS):
+            part = slice(head * size, (head + 1) * size)
+            weights = np.exp(q[:, part] @ k[:, part].T / math.sqrt(size))
+            mixed[:, part] = weights / weights.sum(-1, keepdims=True) @ v[:, part]
+        x = norm(x + linear(mixed, f"{place}.attention.output.dense"), f"{place}.attention.output.LayerNorm")
+        inner = linear(x, f"{place}.intermediate.dense")
+        inner = inner * 0.5 * (1 + np.vectorize(math.erf)(inner / math.sqrt(2)))
+        states.append(norm(x + linear(inner, f"{place}.output.dense"), f"{place}.output.LayerNorm"))
+    return states
+
+
+def _encoder(folder: Path, layers: int = LAYERS) -> Encoder:
+    torch.manual_seed(0)
+    return pretrained(folder / "model.safetensors", layers).eval()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_encoder_computes_what_bert_computes(folder: Path, layers: int) -> None:
+    ids = [2, 9, 17, 64, 4, 3]
+    encoder = _encoder(folder, layers)
+    states = _reference(ids, layers)
+    features = torch.tensor(
+        np.concatenate([states[-1][0], states[-2].mean(0), states[-2].max(0)])[None], dtype=torch.float32
+    )
+    with torch.inference_mode():
+        expected = encoder.head(features).numpy()
+    np.testing.assert_allclose(scores(encoder, [ids]), expected, atol=1e-5)
+
+
+def test_padding_changes_nothing(folder: Path) -> None:
+    rows = [[2, 9, 3], [2, *range(4, 40), 3], [2, 11, 12, 3]]
+    ids, seen = padded(rows)
+    assert seen is not None
+    assert ids.shape == seen.shape == (3, 38)
+    encoder = _encoder(folder)
+    alone = np.concatenate([scores(encoder, [row]) for row in rows])
+    np.testing.assert_allclose(scores(encoder, rows), alone, atol=1e-5)
+
+
+def test_the_exported_network_says_the_same(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from guard_model.export import write_model
+
+    encoder = _encoder(folder)
+    write_model(encoder, folder / "tokenizer.json", tmp_path / "model")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model" / "model.onnx"), providers=["CPUExecutionProvider"])
+    rows = [[2, *range(4, 20), 3], [2, *range(20, 36), 3]]
+    (found,) = session.run(None, {"ids": np.array(rows)})
+    expected = scores(encoder, rows)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_batches_are_of_like_length_and_bounded(folder: Path) -> None:
+    chance = random.Random(1)
+    texts = [" ".join("bread" for _ in range(chance.randrange(1, 90))) for _ in range(200)]
+    examples = [plain(Prompt(text, False, "benign", "s", "en", str(n))) for n, text in enumerate(texts)]
+    windows = Encoding(folder / "tokenizer.json").training_windows(examples, chance)
+    found = batches(windows, 400, chance)
+    assert sorted(len(window.ids) for batch in found for window in batch) == sorted(len(w.ids) for w in windows)
+    for batch in found:
+        longest = max(len(window.ids) for window in batch)
+        assert len(batch) * longest <= 400
+        assert longest - min(len(window.ids) for window in batch) < 24
+
+
+LONG = Prompt(" ".join(f"w{n % 60}" for n in range(600)), False, "benign", "long", "en", "1")
+BAD = Prompt("bomb bomb bomb bomb bomb", True, "direct", "bad", "en", "1", frozenset({"weapons"}))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_unsafe_window_holds_what_makes_it_unsafe(folder: Path, seed: int) -> None:
+    encoding = Encoding(folder / "tokenizer.json")
+    example = surrounded(BAD, LONG, random.Random(seed))
+    (window,) = encoding.training_windows([example], random.Random(seed))
+    assert len(window.ids) <= WINDOW
+    assert window.ids.count(WORDS.index("bomb")) >= 5
+
+
+def test_labels_and_what_is_known_of_them(folder: Path) -> None:
+    template = Template("w1 {prompt} w2", "t", "1")
+    harmless = replace(LONG, text="bread")
+    examples: list[Example] = [plain(BAD), plain(harmless), wrapped(BAD, template), wrapped(harmless, template)]
+    windows = Encoding(folder / "tokenizer.json").training_windows(examples, random.Random(0))
+    assert [window.labels[:2] for window in windows] == [(1, 0), (0, 0), (1, 1), (0, 1)]
+    assert [window.known[:2] for window in windows] == [(1, 1), (1, 1), (1, 1), (0, 1)]
+    weapons = OUTPUTS.index("weapons")
+    assert [window.labels[weapons] for window in windows] == [1, 0, 1, 0]
+    assert [window.known[weapons] for window in windows] == [1, 0, 1, 0]
+
+
+def test_training_learns_and_blends(folder: Path) -> None:
+    chance = random.Random(0)
+    encoding = Encoding(folder / "tokenizer.json")
+    prompts = [
+        Prompt(
+            " ".join([*chance.choices(WORDS[4:64], k=5), "bomb" if n % 2 else "bread"]), n % 2 == 1, "k", "s", "en", ""
+        )
+        for n in range(400)
+    ]
+    encoder = _encoder(folder, 2)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    recipe = Recipe(layers=2, epochs=6, probe_epochs=2, rate=2e-3, head_rate=5e-3, batch_tokens=256)
+    examples = [plain(prompt) for prompt in prompts]
+    probed = train(encoder, lambda _: encoding.training_windows(examples, chance), recipe)
+    body = [name for name in before if not name.startswith("head.")]
+    assert all(torch.equal(probed[name], before[name]) for name in body)
+    assert not torch.equal(probed["head.0.weight"], before["head.0.weight"])
+    logits = scores(encoder, [encoding.framed(ids) for ids in encoding.ids([prompt.text for prompt in prompts])])
+    right = (logits[:, 0] > 0) == np.array([prompt.unsafe for prompt in prompts])
+    assert right.mean() > 0.95
+    tuned = encoder.state_dict()
+    assert all(torch.equal(blended(probed, tuned, 1.0)[name], tuned[name]) for name in tuned)
+    assert all(torch.equal(blended(probed, tuned, 0.0)[name], probed[name]) for name in tuned)
+
+
+def _row(fold: str, kind: str, log_odds: float, *, unsafe: bool = False, foreign: bool = False) -> scoring.Scored:
+    return scoring.Scored(fold, kind, "i", "s", "en", kind, unsafe, log_odds, log_odds, 1.0, foreign)
+
+
+def test_scores_are_kept(tmp_path: Path) -> None:
+    rows = [_row("a", "direct", 1.5, unsafe=True), _row("b", "benign", -2.0)]
+    scoring.write(tmp_path / "x.jsonl", rows)
+    assert scoring.read(tmp_path / "x.jsonl") == rows
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.jsonl"]
+
+
+def test_log_odds() -> None:
+    assert scoring.log_odds(0.5) == 0
+    assert scoring.log_odds(1.0) == pytest.approx(-scoring.log_odds(0.0))
+    assert scoring.log_odds(1.0) < 40
+    assert Scale().probability(scoring.log_odds(0.3)) == pytest.approx(0.3)
+
+
+def test_calibration() -> None:
+    pytest.importorskip("sklearn")
+    from guard_model import calibrate
+
+    draw = np.random.default_rng(0)
+    rows = [_row("ab"[n % 2], "benign", float(x)) for n, x in enumerate(draw.normal(-2, 1, 4000))]
+    rows += [_row("ab"[n % 2], "direct", float(x), unsafe=True) for n, x in enumerate(draw.normal(2, 1, 4000))]
+    rows += [_row("a", "benign", float(x), foreign=True) for x in draw.normal(1, 1, 4000)]
+    scale = calibrate.scales(rows)["unsafe"]
+    # Two normal distributions four spreads apart: the true log-odds are 4 x.
+    assert scale.slope == pytest.approx(4, rel=0.15)
+    assert scale.bias == pytest.approx(0, abs=0.3)
+    limits = calibrate.thresholds(rows, scale)
+    benign = [scale.probability(row.log_odds) for row in rows if row.set == "benign" and not row.foreign]
+    assert np.mean(np.array(benign) > limits["balanced"]) == pytest.approx(0.01, abs=0.001)
+    assert np.mean(np.array(benign) > limits["strict"]) == pytest.approx(0.05, abs=0.001)
+    handicap = calibrate.foreign_handicap(rows, scale, limits)
+    assert handicap == pytest.approx(3 * scale.slope, rel=0.2)  # they score three spreads too high
+    mended = calibrate.handicapped(rows, scale, handicap)
+    foreign = [scale.probability(row.log_odds) for row in mended if row.foreign]
+    assert np.mean(np.array(foreign) > limits["balanced"]) == pytest.approx(0.01, abs=0.001)
+    report = calibrate.report(mended, scale, limits)
+    assert report["calibration_error"] < 0.02
+    assert report["auc_direct_benign"] > 0.9
+    assert report["levels"]["balanced"]["fold"]["a/direct"][1] == 2000
