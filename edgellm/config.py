@@ -72,10 +72,19 @@ def _split_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _split_lines(value: Any) -> Any:
+    return [line for line in value.splitlines() if line.strip()] if isinstance(value, str) else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 ExpertMemory = Annotated[Literal["auto", "off"] | Annotated[int, Field(ge=0)], BeforeValidator(parse_expert_memory)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
+GuardMode = Literal["refuse", "annotate", "off"]
+GuardOnError = Literal["open", "closed"]
+RuleList = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(_split_lines)
+]  # commas are part of a regular expression
 
 
 class Settings(BaseSettings):
@@ -173,6 +182,31 @@ class Settings(BaseSettings):
         "leave three quarters of the processors idle; 0s: whenever no request runs, whatever others do.",
     )
     queue_limit: int = Field(256, ge=1, le=100_000, description="Requests that may wait; one more is refused with 503.")
+
+    # The guard
+    guard: GuardMode = Field(
+        "refuse",
+        description="What becomes of prompts that the guard holds for unsafe. refuse: they are not answered. annotate: "
+        "every answer says in x_guard what the guard found. off: nothing is judged but what /v1/moderations is given.",
+    )
+    guard_level: Literal["strict", "balanced"] = Field(
+        "balanced",
+        description="How sure the guard must be. strict: more of what is harmful is found, and more of what is "
+        "harmless is refused. balanced: less of both.",
+    )
+    guard_on_error: GuardOnError = Field(
+        "closed", description="What becomes of a prompt on which the guard fails. open: it is answered. closed: not."
+    )
+    guard_allow: RuleList = Field(
+        (),
+        description="What is never held against a prompt: words, or after re: a regular expression; may be repeated "
+        "(in the environment: one a line). The rest of the prompt is judged.",
+    )
+    guard_block: RuleList = Field(
+        (),
+        description="What makes a prompt unsafe whatever else it says: words, or after re: a regular expression; may "
+        "be repeated (in the environment: one a line).",
+    )
 
     # HTTP
     host: str = Field("127.0.0.1", description="Address to listen on.")

@@ -30,6 +30,7 @@ EdgeLLMError
 ├── OverloadedError                the queue is full; try again after `retry_after_s`
 ├── ShuttingDownError              the server is on its way out
 ├── RequestTimeoutError            the request's own time limit passed
+├── GuardFailedError               the guard failed while judging a text
 └── BackendError                   llama.cpp failed while computing
     └── ExpertReadError            an expert of a paged model could not be read
 """
@@ -198,6 +199,10 @@ class ShuttingDownError(EdgeLLMError):
 
 class RequestTimeoutError(EdgeLLMError):
     """The request's own time limit passed."""
+
+
+class GuardFailedError(EdgeLLMError):
+    """The guard failed while judging a text; the log says how."""
 
 
 class BackendError(EdgeLLMError):

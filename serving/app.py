@@ -8,7 +8,18 @@ from starlette.types import ASGIApp
 from edgellm import __version__
 from serving import errors, security
 from serving.metrics import CountRequests
-from serving.routes import adapters, chat, completions, drafts, embeddings, files, fine_tuning, models, operations
+from serving.routes import (
+    adapters,
+    chat,
+    completions,
+    drafts,
+    embeddings,
+    files,
+    fine_tuning,
+    models,
+    moderations,
+    operations,
+)
 from serving.service import Service
 
 _DESCRIPTION = "Quantised small language models behind an OpenAI-compatible API. Extensions are marked as such."
@@ -19,7 +30,8 @@ def create_api(service: Service) -> FastAPI:
     api = FastAPI(title="edgellm", version=__version__, description=_DESCRIPTION, responses=errors.ERROR_RESPONSES)
     api.state.service = service
     errors.install(api)
-    for module in (chat, completions, embeddings, models, adapters, drafts, files, fine_tuning, operations):
+    generating = (chat, completions, embeddings, moderations)
+    for module in (*generating, models, adapters, drafts, files, fine_tuning, operations):
         api.include_router(module.router)
     return api
 

@@ -82,6 +82,7 @@ _RULES: dict[type[BaseException], _Rule] = {
     errors.OverloadedError: _Rule(503, "overloaded"),
     errors.ShuttingDownError: _Rule(503, "shutting_down", None, {"retry-after": str(SHUTDOWN_RETRY_AFTER_S)}),
     errors.RequestTimeoutError: _Rule(504, "request_timeout", None, _NO_RETRY),
+    errors.GuardFailedError: _Rule(500, "guard_failed"),
     errors.ExpertReadError: _Rule(500, "expert_read_failed"),
     errors.BackendError: _Rule(500, "backend_error"),
     errors.ConfigError: _Rule(500, "config_error", None, _NO_RETRY),

@@ -69,7 +69,7 @@ class _Answer:
 class Generation:
     """Runs requests of one model together; iterate it for their pieces. Close it in the end.
 
-    `stop_answer` ends one answer early, when what it was wanted for is there.
+    `stop_answer` ends one answer early, when what it was wanted for is there; `drop` all answers to a request.
     """
 
     def __init__(
@@ -91,15 +91,15 @@ class Generation:
             for number, request in enumerate(requests)
             for index in range(request.n)
         }
+        self._open = len(self._answers)
         for request in requests:
             self._stream.submit(leased.loaded.runner, request)
         leased.arrival.over()
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Every piece until all answers are complete. Raises what the engine reports."""
-        open_answers = len(self._answers)
         try:
-            while open_answers:
+            while self._open:
                 for number, event, drawn_s in await self._stream.next():
                     if isinstance(event, ErrorEvent):
                         raise event.error
@@ -108,12 +108,9 @@ class Generation:
                         continue
                     piece = self._piece(number, answer, event, drawn_s)
                     if piece.finish is not None:
-                        answer.finished = True
-                        open_answers -= 1
+                        self._end(answer)
                     if piece.text or piece.finish or piece.logprobs:
                         yield piece
-                    if answer.finished and piece.finish is None:  # `stop_answer` was called meanwhile
-                        open_answers -= 1
         finally:
             self.close()
             self._metrics.observe_request_s(time.perf_counter() - self._arrived_s)
@@ -121,13 +118,24 @@ class Generation:
     def stop_answer(self, piece: Piece) -> Usage:
         """Ends the answer that `piece` belongs to; no more of it will come. Returns its token counts."""
         answer = self._answers[piece.number, piece.index]
-        answer.finished = True
+        self._end(answer)
         self._stream.cancel(piece.number, piece.index)
         return self._count(answer.usage)
+
+    def drop(self, number: int) -> None:
+        """Ends every answer to request `number`; no more of them will come, and what there was is not counted."""
+        for (owner, index), answer in self._answers.items():
+            if owner == number and not answer.finished:
+                self._end(answer)
+                self._stream.cancel(number, index)
 
     def close(self) -> None:
         """Cancels what still runs. Idempotent."""
         self._stream.close()
+
+    def _end(self, answer: _Answer) -> None:
+        answer.finished = True
+        self._open -= 1
 
     def _piece(self, number: int, answer: _Answer, event: TokenEvent | FinishEvent, drawn_s: float) -> Piece:
         if isinstance(event, FinishEvent):

@@ -35,6 +35,8 @@ from edgellm.models.store import AdapterStore, ModelStore, StoredModel
 from edgellm.speculative.loading import forget, no_drafting
 from serving.adaptation import Adaptation
 from serving.draft_metrics import DraftSnapshot
+from serving.guard_metrics import GuardMetrics
+from serving.guarding import Guarding
 from serving.metrics import Metrics, ModelSnapshot
 from serving.quiet import Quiet
 from serving.tuning import Tuning
@@ -42,6 +44,7 @@ from serving.tuning import Tuning
 _log = logging.getLogger(__name__)
 
 _CLOSE_S = 30.0  # the longest that a step may reasonably take
+_GUARD_CLOSE_S = 2.0  # the same of the guard's; nothing is lost with a longer one
 _INLINE_BYTES = 1 << 15  # longer texts are tokenised in a thread, so that the event loop goes on
 _BYTES_PER_TOKEN = 16  # texts shorter than this for each token of the context are tokenised without a second thought
 
@@ -83,8 +86,11 @@ class Service:
     """One server's state. Created before the event loop runs; `close` ends everything."""
 
     def __init__(self, settings: Settings, store: ModelStore | None = None) -> None:
-        """Raises ModelNotFoundError if a model of the settings is not there."""
+        """Raises ModelNotFoundError if a model of the settings is not there, ConfigError for a rule of the guard's
+        that is none."""
         self.settings = settings
+        self.metrics = Metrics(self._snapshot)
+        self.guarding = Guarding(settings, GuardMetrics(self.metrics.registry))
         self.engine = Engine()
         self.store = store or ModelStore()
         self._bridge: EventLoopBridge | None = None
@@ -112,7 +118,6 @@ class Service:
             training=lambda: self.tuning.training,
         )
         self.quiet = Quiet((self.tuning, self.adaptation))
-        self.metrics = Metrics(self._snapshot)
         self.closing = False
         self.active_requests = 0
 
@@ -148,6 +153,7 @@ class Service:
     def cut_off(self) -> None:
         """Ends every request that still runs with a ShuttingDownError. May be called from any thread."""
         self.closing = True
+        self.guarding.close()
         self.models.close()
         for loaded in self.models.loaded():
             self.engine.post(partial(loaded.runner.fail_all, ShuttingDownError("The server is shutting down")))
@@ -157,6 +163,7 @@ class Service:
     def close(self) -> None:
         """Ends requests that still run, unloads the models, stops the thread and the template processes."""
         self.closing = True
+        self.guarding.close(_GUARD_CLOSE_S)
         self.adaptation.close()
         self.tuning.close(self.settings.grace_seconds)
         self.models.close()

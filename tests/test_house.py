@@ -42,6 +42,7 @@ def test_the_wheel_holds_exactly_our_packages(tmp_path: Path) -> None:
     top = {name.split("/")[0] for name in names if ".dist-info" not in name.split("/")[0]}
     assert top == {"edgellm", "serving", "guards"}
     assert "edgellm/py.typed" in names
+    assert {f"guards/model/{name}" for name in ("model.onnx", "tokenizer.json", "card.json")} <= set(names)
 
 
 def test_every_setting_has_a_help_text() -> None:
@@ -58,7 +59,8 @@ def test_llama_cpp_is_pinned_to_the_version_that_the_backend_expects() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("serving.cli.app", {"llama_cpp", "fastapi", "uvicorn", "torch", "huggingface_hub"}),
+        ("serving.cli.app", {"llama_cpp", "fastapi", "uvicorn", "torch", "huggingface_hub", "onnxruntime"}),
+        ("serving.cli.guard_eval", {"llama_cpp", "fastapi", "torch", "transformers", "huggingface_hub"}),
         ("serving.cli.serve", {"torch", "transformers", "peft", "huggingface_hub"}),
         ("edgellm.tune.architecture", {"llama_cpp", "torch", "transformers", "peft"}),
         ("serving.cli.draft_run", {"torch", "transformers", "peft", "fastapi"}),

@@ -42,8 +42,9 @@ class Limits:
 
 
 def edgellm(command: list[str], limits: Limits, extra: list[str]) -> Contender:
-    """edgellm with its defaults, but for the limits."""
-    options = ["--threads", str(limits.threads), "--parallel", str(limits.slots)]
+    """edgellm with its defaults, but for the limits, and that its guard only annotates: a refusal is no answer to time.
+    `extra` may say otherwise."""
+    options = ["--guard", "annotate", "--threads", str(limits.threads), "--parallel", str(limits.slots)]
     options += ["--context-tokens", str(limits.context_tokens)]
     return Contender("edgellm", (*command, "serve", "--model", _MODEL, "--port", _PORT, *options, *extra))
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from edgellm import __version__
 from edgellm.config import load_settings
 from serving.cli.draft import draft_app
+from serving.cli.guard import guard_app
 from serving.cli.models import models_app
 from serving.cli.moe import moe_app
-from serving.cli.options import setting
+from serving.cli.options import given, setting
 from serving.cli.spec import spec_app
 from serving.cli.tune import tune_app
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(draft_app, name="draft")
+app.add_typer(guard_app, name="guard")
 app.add_typer(models_app, name="models")
 app.add_typer(moe_app, name="moe")
 app.add_typer(spec_app, name="spec")
@@ -71,6 +73,11 @@ def serve(
     adapt: Annotated[str | None, setting("adapt")] = None,
     adapt_after: Annotated[str | None, setting("adapt_after_s")] = None,
     queue_limit: Annotated[int | None, setting("queue_limit")] = None,
+    guard: Annotated[str | None, setting("guard")] = None,
+    guard_level: Annotated[str | None, setting("guard_level")] = None,
+    guard_on_error: Annotated[str | None, setting("guard_on_error")] = None,
+    guard_allow: Annotated[_Texts, setting("guard_allow")] = None,
+    guard_block: Annotated[_Texts, setting("guard_block")] = None,
     api_key_file: Annotated[Path | None, setting("api_key_file")] = None,
     allowed_host: Annotated[_Texts, setting("allowed_host")] = None,
     cors_origin: Annotated[_Texts, setting("cors_origin")] = None,
@@ -89,10 +96,10 @@ def serve(
 
     run_server(
         load_settings(
-            model=_given(model),
+            model=given(model),
             host=host,
             port=port,
-            adapter=_given(adapter),
+            adapter=given(adapter),
             keep_alive_s=keep_alive,
             memory_budget_bytes=memory_budget,
             context_tokens=context_tokens,
@@ -109,9 +116,14 @@ def serve(
             adapt=adapt,
             adapt_after_s=adapt_after,
             queue_limit=queue_limit,
+            guard=guard,
+            guard_level=guard_level,
+            guard_on_error=guard_on_error,
+            guard_allow=given(guard_allow),
+            guard_block=given(guard_block),
             api_key_file=api_key_file,
-            allowed_host=_given(allowed_host),
-            cors_origin=_given(cors_origin),
+            allowed_host=given(allowed_host),
+            cors_origin=given(cors_origin),
             max_body_bytes=max_body,
             max_file_bytes=max_file,
             request_timeout_s=request_timeout,
@@ -165,7 +177,3 @@ def bench(
     # Made-up prompts repeat themselves: drafts would measure that.
     settings = load_settings(model=(model,) if model else None, threads=threads, draft="none", log_level="error")
     run_bench(settings, prompt_tokens=prompt_tokens, tokens=tokens, rounds=rounds, as_json=as_json)
-
-
-def _given(values: list[Any] | None) -> tuple[Any, ...] | None:
-    return tuple(values) if values else None

@@ -18,6 +18,11 @@ def setting(field: str, *names: str) -> Any:
     return typer.Option(*flags, help=text, show_default=_shown(field, info.default))
 
 
+def given(values: list[Any] | None) -> tuple[Any, ...] | None:
+    """The values of an option that may be repeated; None if it was not given."""
+    return tuple(values) if values else None
+
+
 def _shown(field: str, default: Any) -> str | bool:
     """The default as the user would write it; unset ones are told in the help text."""
     if default is None or default == ():

@@ -38,6 +38,8 @@ def run_server(settings: Settings) -> None:
     with _bound_socket(settings) as sock, contextlib.closing(Service(settings)) as service:
         app = create_app(service)
         with console.status(f"Loading {service.models.default} ..."):
+            if settings.guard != "off":
+                service.guarding.load()
             service.start()
             service.start_tuning()
         config = uvicorn.Config(

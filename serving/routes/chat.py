@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -16,8 +16,11 @@ from edgellm.engine.types import TokenLogprob
 from edgellm.engine.types import Usage as EngineUsage
 from serving.chat_prompt import prepare_chat
 from serving.generation import Generation, Piece
+from serving.guard_turns import chat_turns, is_short
+from serving.guarding import REFUSAL
 from serving.routes.logprobs import chat_logprobs
-from serving.service import Service
+from serving.screening import Screen, screening
+from serving.service import Leased, Service
 from serving.streaming import Event, run_until_disconnect, sse_response
 from serving.wire.chat import (
     AnswerMessage,
@@ -35,8 +38,10 @@ from serving.wire.chat import (
     ToolCallDelta,
 )
 from serving.wire.common import Usage
+from serving.wire.guard import GuardReport
 
 router = APIRouter()
+_Steps = AsyncGenerator[tuple[Piece, list[ToolCallEvent], FinishReason | None]]
 
 
 class _ChatAnswer:
@@ -79,34 +84,74 @@ class _ChatRun:
         self.arrived_s = time.perf_counter()
         self.model = request.model or service.models.default
         self.usages: list[EngineUsage] = []
+        self.x_guard: GuardReport | None = None
 
-    async def steps(self) -> AsyncGenerator[tuple[Piece, list[ToolCallEvent], FinishReason | None]]:
+    async def steps(self) -> _Steps:
         """Pieces, what each adds, and the reason in an answer's last one."""
         request = self.request
-        async with self.service.lease(request.model, request.timeout, self.arrived_s) as leased:
-            async with self.service.in_time(request.timeout, self.arrived_s):
-                self.job = await prepare_chat(self.service, leased, request)
-            self.vocab: Vocab = leased.loaded.vocab
-            answers = [_ChatAnswer(self) for _ in range(request.n)]
-            generation = Generation(
-                self.service,
-                leased,
-                [self.job.request],
-                request.stops,
-                timeout_s=request.timeout,
-                arrived_s=self.arrived_s,
-            )
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    answer = answers[piece.index]
-                    events = answer.read(piece)
-                    reason = answer.finish_reason(piece) if piece.finish is not None else None
-                    if piece.usage is not None:
-                        self.usages.append(piece.usage)
-                    elif answer.complete:
-                        self.usages.append(generation.stop_answer(piece))
-                        reason = "tool_calls"
-                    yield piece, events, reason
+        turns = chat_turns(request.messages)
+        with screening(self.service.guarding) as (screen,):
+            if is_short(turns):
+                screen.begin(turns)
+            async with self.service.lease(request.model, request.timeout, self.arrived_s) as leased:
+                async with self._in_time():
+                    self.job = await prepare_chat(self.service, leased, request)
+                screen.begin(turns)
+                self.vocab: Vocab = leased.loaded.vocab
+                generation = await self._admitted(screen, leased)
+                steps = self._refusals() if generation is None else self._generated(generation)
+                async with aclosing(steps):
+                    async for piece, events, reason in steps:
+                        if reason is not None and self.x_guard is None:
+                            async with self._in_time():
+                                self.x_guard = await screen.report()
+                        yield piece, events, reason
+
+    async def _admitted(self, screen: Screen, leased: Leased) -> Generation | None:
+        """The engine reads the prompt while the guard judges it. None: the guard refuses."""
+        if screen.has_refused:
+            return None
+        generation = Generation(
+            self.service,
+            leased,
+            [self.job.request],
+            self.request.stops,
+            timeout_s=self.request.timeout,
+            arrived_s=self.arrived_s,
+        )
+        try:
+            async with self._in_time():
+                refused = await screen.refuses()
+        except BaseException:
+            generation.close()
+            raise
+        if refused:
+            generation.close()
+        return None if refused else generation
+
+    async def _generated(self, generation: Generation) -> _Steps:
+        """The model's answers."""
+        answers = [_ChatAnswer(self) for _ in range(self.request.n)]
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                answer = answers[piece.index]
+                events = answer.read(piece)
+                reason = answer.finish_reason(piece) if piece.finish is not None else None
+                if piece.usage is not None:
+                    self.usages.append(piece.usage)
+                elif answer.complete:
+                    self.usages.append(generation.stop_answer(piece))
+                    reason = "tool_calls"
+                yield piece, events, reason
+
+    async def _refusals(self) -> _Steps:
+        """What is said instead."""
+        self.usages.append(EngineUsage(len(self.job.request.prompt), 0))
+        for index in range(self.request.n):
+            yield Piece(0, index, REFUSAL), [ContentDelta(REFUSAL)], "content_filter"
+
+    def _in_time(self) -> AbstractAsyncContextManager[None]:
+        return self.service.in_time(self.request.timeout, self.arrived_s)
 
     async def whole(self) -> ChatCompletion:
         """The answer in one piece."""
@@ -129,12 +174,15 @@ class _ChatRun:
             if calls[index]:
                 message.tool_calls = calls[index]
             choice = Choice(index=index, message=message, finish_reason=reasons[index])
-            if self.request.logprobs:
+            if self.request.logprobs and reasons[index] != "content_filter":
                 choice.logprobs = chat_logprobs(self.vocab, logprobs[index])
             choices.append(choice)
-        return ChatCompletion(
+        body = ChatCompletion(
             id=self.id, created=self.created, model=self.model, choices=choices, usage=Usage.total(*self.usages)
         )
+        if self.x_guard is not None:
+            body.x_guard = self.x_guard
+        return body
 
     def _chunk(self, *choices: ChunkChoice) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=list(choices))
@@ -162,7 +210,10 @@ class _ChatRun:
                         else:
                             yield self._chunk(ChunkChoice(index=index, delta=_delta([event])))
                 if reason is not None:
-                    yield self._chunk(ChunkChoice(index=index, delta=Delta(), finish_reason=reason))
+                    end = self._chunk(ChunkChoice(index=index, delta=Delta(), finish_reason=reason))
+                    if self.x_guard is not None:
+                        end.x_guard = self.x_guard
+                    yield end
         if self.request.include_usage:
             last = self._chunk()
             last.usage = Usage.total(*self.usages)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, closing
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edgellm.engine.loaded import LoadedModel
-from edgellm.engine.types import GenerateRequest, Grammar, TokenLogprob
+from edgellm.engine.types import FinishReason, GenerateRequest, Grammar, TokenLogprob
 from edgellm.engine.types import Usage as EngineUsage
 from edgellm.errors import RequestError
 from serving.chat_prompt import build_request
 from serving.generation import Generation, Piece, token_budget
+from serving.guard_turns import prompt_turns
+from serving.guarding import REFUSAL
 from serving.routes.logprobs import CompletionLogprobsBuilder
+from serving.screening import Screen, screening
 from serving.service import Leased, Service
 from serving.streaming import Event, run_until_disconnect, sse_response
 from serving.wire.common import Usage
 from serving.wire.completions import Completion, CompletionChoice, CompletionRequest
+from serving.wire.guard import GuardReport
 
 router = APIRouter()
 
@@ -54,7 +58,9 @@ class _CompletionRun:
         self.arrived_s = time.perf_counter()
         self.model = request.model or service.models.default
         self.usages: dict[int, list[EngineUsage]] = {}
-        self.echoes: list[str] = []
+        self.texts: list[str] = []  # of the prompts
+        self.refused: dict[int, int] = {}  # numbers of prompts that the guard refuses -> their tokens
+        self.reports: dict[int, GuardReport] = {}  # by number of the prompt
 
     @property
     def _drawn(self) -> int:
@@ -71,9 +77,7 @@ class _CompletionRun:
             tokens = await self._prompt(loaded, prompt)
             budget = token_budget(request.max_tokens, len(tokens), loaded.context_tokens, "max_tokens")
             found.append(build_request(loaded, leased, request, tokens, budget, grammar, logprobs, self._drawn))
-            if request.echo:
-                joined = b"".join(map(loaded.vocab.piece, tokens))
-                self.echoes.append(prompt if isinstance(prompt, str) else joined.decode("utf-8", "replace"))
+            self.texts.append(prompt if isinstance(prompt, str) else _text(loaded, tokens))
         return found
 
     async def _prompt(self, loaded: LoadedModel, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -99,25 +103,62 @@ class _CompletionRun:
         return self.service.check_tokens(loaded, tokens, limit=limit, param="prompt")
 
     async def steps(self) -> AsyncGenerator[Piece]:
-        """Every piece; notes what the usage needs."""
+        """Every piece; notes what the usage needs, and what the guard found by the time of an answer's last piece."""
         timeout_s = self.request.timeout
-        async with self.service.lease(self.request.model, timeout_s, self.arrived_s) as leased:
-            self.vocab = leased.loaded.vocab
-            async with self.service.in_time(timeout_s, self.arrived_s):
-                requests = await self._requests(leased)
-            generation = Generation(
-                self.service,
-                leased,
-                requests,
-                self.request.stops,
-                timeout_s=self.request.timeout,
-                arrived_s=self.arrived_s,
-            )
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    if piece.usage is not None:
-                        self.usages.setdefault(piece.number, []).append(piece.usage)
-                    yield piece
+        with screening(self.service.guarding, len(self.request.prompts)) as screens:
+            async with self.service.lease(self.request.model, timeout_s, self.arrived_s) as leased:
+                self.vocab = leased.loaded.vocab
+                async with self._in_time():
+                    requests = await self._requests(leased)
+                with closing(await self._admitted(screens, leased, requests)) as generation:
+                    for piece in self._refusals():
+                        await self._note(screens[piece.number], piece)
+                        yield piece
+                    async with aclosing(generation.pieces()) as pieces:
+                        async for piece in pieces:
+                            await self._note(screens[piece.number], piece)
+                            yield piece
+
+    async def _admitted(self, screens: list[Screen], leased: Leased, requests: list[GenerateRequest]) -> Generation:
+        """The engine reads the prompts while the guard judges them; those that it refuses are dropped."""
+        for screen, text in zip(screens, self.texts, strict=True):
+            screen.begin(prompt_turns(text, self.request.suffix))
+        generation = Generation(
+            self.service,
+            leased,
+            requests,
+            self.request.stops,
+            timeout_s=self.request.timeout,
+            arrived_s=self.arrived_s,
+        )
+        try:
+            async with self._in_time():
+                for number, screen in enumerate(screens):
+                    if await screen.refuses():
+                        generation.drop(number)
+                        self.refused[number] = len(requests[number].prompt)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    def _refusals(self) -> Iterator[Piece]:
+        """What is said instead."""
+        for number, prompt_tokens in self.refused.items():
+            for index in range(self._drawn):
+                yield Piece(number, index, REFUSAL, (), FinishReason.STOP, EngineUsage(prompt_tokens, 0))
+
+    async def _note(self, screen: Screen, piece: Piece) -> None:
+        if piece.usage is not None:
+            self.usages.setdefault(piece.number, []).append(piece.usage)
+        if piece.finish is not None and piece.number not in self.reports:
+            async with self._in_time():
+                report = await screen.report()
+            if report is not None:
+                self.reports[piece.number] = report
+
+    def _in_time(self) -> AbstractAsyncContextManager[None]:
+        return self.service.in_time(self.request.timeout, self.arrived_s)
 
     def usage(self) -> Usage:
         """Over all prompts and answers, those that best_of dropped included."""
@@ -147,12 +188,20 @@ class _CompletionRun:
         return body
 
     def _choice(self, answer: _Answer, number: int, index: int) -> CompletionChoice:
-        echo = self.echoes[number] if self.request.echo else ""
+        echo = self.texts[number] if self.request.echo else ""
         choice = CompletionChoice(text=echo + "".join(answer.text), index=index)
-        choice.finish_reason = "length" if answer.reason == "length" else "stop"
-        if self.request.logprobs is not None:
+        self._end(choice, number, answer.reason)
+        if self.request.logprobs is not None and number not in self.refused:
             choice.logprobs = CompletionLogprobsBuilder(self.vocab).build(answer.logprobs)
         return choice
+
+    def _end(self, choice: CompletionChoice, number: int, reason: str | None) -> None:
+        """What the last chunk of an answer to prompt `number` says, or its only one."""
+        choice.finish_reason = "length" if reason == "length" else "stop"
+        if number in self.refused:
+            choice.finish_reason = "content_filter"
+        if number in self.reports:
+            choice.x_guard = self.reports[number]
 
     def _chunk(self, *choices: CompletionChoice) -> Completion:
         chunk = Completion(id=self.id, created=self.created, model=self.model, choices=list(choices))
@@ -170,17 +219,21 @@ class _CompletionRun:
                 first = index not in builders
                 builder = builders.setdefault(index, CompletionLogprobsBuilder(self.vocab))
                 if first and request.echo:
-                    yield self._chunk(CompletionChoice(text=self.echoes[piece.number], index=index))
+                    yield self._chunk(CompletionChoice(text=self.texts[piece.number], index=index))
                 choice = CompletionChoice(text=piece.text, index=index)
                 if piece.logprobs and request.logprobs is not None:
                     choice.logprobs = builder.build(piece.logprobs)
                 if piece.finish is not None:
-                    choice.finish_reason = "length" if piece.finish == "length" else "stop"
+                    self._end(choice, piece.number, piece.finish)
                 yield self._chunk(choice)
         if request.include_usage:
             last = self._chunk()
             last.usage = self.usage()
             yield last
+
+
+def _text(loaded: LoadedModel, tokens: tuple[int, ...]) -> str:
+    return b"".join(map(loaded.vocab.piece, tokens)).decode("utf-8", "replace")
 
 
 @router.post("/v1/completions", response_model=Completion, summary="Continue a text")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import to_json
 
 from serving.wire.common import NULL_IS_DEFAULT, JsonObject, Logprobs, ResponseModel, Usage, WirePart, fault
+from serving.wire.guard import GuardReport
 from serving.wire.messages import AssistantMessage, Content, Message, text_of
 from serving.wire.sampling import GenerationRequest, TokenCount
 from serving.wire.tools import TOOLS_MAX, AllowedToolsChoice, NamedToolChoice, ResponseFormat, Tool, ToolChoice
@@ -167,6 +168,7 @@ class ChatCompletion(ResponseModel):
     usage: Usage
     system_fingerprint: str | None = None
     service_tier: Literal["default"] = "default"
+    x_guard: GuardReport | None = Field(default=None, description="Extension. What the guard found in the messages.")
 
     null_sent = frozenset({"system_fingerprint"})
 
@@ -208,7 +210,7 @@ class ChunkChoice(ResponseModel):
 
 class ChatCompletionChunk(ResponseModel):
     """One event of a stream. With `include_usage`, give `usage=None` in every chunk but the last; otherwise leave it
-    out, as OpenAI does."""
+    out, as OpenAI does. `x_guard` comes with each finish_reason."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -218,6 +220,7 @@ class ChatCompletionChunk(ResponseModel):
     usage: Usage | None = None
     system_fingerprint: str | None = None
     service_tier: Literal["default"] = "default"
+    x_guard: GuardReport | None = None
 
     null_sent = frozenset({"system_fingerprint"})
 

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from serving.wire.common import NULL_IS_DEFAULT, ResponseModel, Text, Usage, fault
+from serving.wire.guard import GuardReport
 from serving.wire.inputs import Inputs, as_inputs
 from serving.wire.sampling import GenerationRequest, TokenCount
 
 BEST_OF_MAX = 20
 CHOICES_MAX = 1024
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
 class CompletionRequest(GenerationRequest):
@@ -59,12 +61,13 @@ class CompletionLogprobs(ResponseModel):
 
 
 class CompletionChoice(ResponseModel):
-    """`finish_reason` is null in all but the last chunk of an answer."""
+    """`finish_reason` is null in all but the last chunk of an answer; `x_guard` comes with it."""
 
     text: str
     index: int
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length", "content_filter"] | None = None
+    finish_reason: FinishReason | None = None
+    x_guard: GuardReport | None = Field(default=None, description="Extension. What the guard found in the prompt.")
 
     null_sent = frozenset({"logprobs", "finish_reason"})
 

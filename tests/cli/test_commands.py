@@ -13,6 +13,7 @@ from tests.support.tiny_gguf import write_tiny_llama
 
 COMMANDS = [(), ("serve",), ("chat",), ("bench",), ("models",)]
 COMMANDS += [("tune",), ("tune", "plan"), ("draft",), ("draft", "make")]
+COMMANDS += [("guard",), ("guard", "check"), ("guard", "eval")]
 COMMANDS += [("models", name) for name in ("list", "pull", "show", "rm")]
 
 

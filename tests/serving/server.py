@@ -130,8 +130,15 @@ def _answers(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def serving(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server that is ready to answer; killed in the end if it has not stopped by itself."""
+def serving(
+    home: Path, *arguments: str, env: Mapping[str, str] | None = None, guard: str | None = "off"
+) -> Iterator[Server]:
+    """A server that is ready to answer; killed in the end if it has not stopped by itself.
+
+    `guard` is off but in the tests that are about it: no other test may depend on what a classifier makes of its
+    texts. None: the server's own default.
+    """
+    arguments = arguments if guard is None else ("--guard", guard, *arguments)
     home.mkdir(parents=True, exist_ok=True)
     log = home / "server.log"
     with log.open("wb") as stderr:

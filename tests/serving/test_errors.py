@@ -70,6 +70,7 @@ TABLE: list[tuple[BaseException, int, str, str, str | None]] = [
     (errors.OverloadedError("x"), 503, "server_error", "overloaded", None),
     (errors.ShuttingDownError("x"), 503, "server_error", "shutting_down", None),
     (errors.RequestTimeoutError("x"), 504, "server_error", "request_timeout", None),
+    (errors.GuardFailedError("x"), 500, "server_error", "guard_failed", None),
     (errors.BackendError("x"), 500, "server_error", "backend_error", None),
     (errors.ExpertReadError("x"), 500, "server_error", "expert_read_failed", None),
     (errors.InvalidTraceError("x"), 500, "server_error", "server_error", None),
