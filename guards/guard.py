@@ -17,7 +17,7 @@ from guards.classifier import Classifier, Logits, Window
 from guards.conversation import Part, Turn, parts
 from guards.disguises import Undisguiser
 from guards.rules import Rules
-from guards.text import clean, visible
+from guards.text import clean, collapsed, visible
 from guards.verdict import DecidingWindow, Verdict
 
 MODEL = Path(__file__).parent / "model"
@@ -103,7 +103,7 @@ class Guard:
     def _readings(self, part: Part) -> Iterator[tuple[str, bool]]:
         """The text as it is, and what it may say beneath a disguise."""
         seen = visible(part.text)
-        yield clean(part.text), False
+        yield collapsed(seen), False
         beneath = self._undisguiser.undisguised(seen)
         if beneath is not None:
             yield clean(beneath), True

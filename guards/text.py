@@ -57,7 +57,12 @@ def latinised(text: str) -> str:
 
 def clean(text: str) -> str:
     """`text` as it is classified: `visible`, `latinised`, and runs of white space made one space."""
-    return " ".join(latinised(visible(text)).split())
+    return collapsed(visible(text))
+
+
+def collapsed(seen: str) -> str:
+    """`clean` of a text that is `visible` already."""
+    return " ".join(latinised(seen).split())
 
 
 def _is_latin(char: str) -> bool:
