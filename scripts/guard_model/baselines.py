@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from guard_model.augment import Example, augmented
+from guard_model.augment import Example
 from guard_model.data import Fold, Prompt, Template
 from guard_model.encoding import Encoding
-from guard_model.runs import fold_name
+from guard_model.runs import Mix, fold_name, mixed
 from guard_model.scoring import Scored
 from guard_model.splits import split
 from guards.text import clean
@@ -55,9 +55,10 @@ def word_vectors(encoder_folder: Path) -> Fit:
 
 
 def scored(fit: Fit, prompts: Sequence[Prompt], templates: Sequence[Template], fold: Fold, seed: int) -> list[Scored]:
-    """Trained on the same examples as the encoder, whole texts instead of windows, and scored on the same sets."""
+    """Trained on the examples of one pass of the encoder's training, whole texts instead of windows, and scored on the
+    same sets."""
     found = split(prompts, templates, fold, seed=seed)
-    examples = augmented(found.train, found.templates, wrapped_each=5, surrounded_each=1500, seed=seed)
+    examples = mixed(found, Mix(), random.Random(seed), seed)
     examples = [example for example in examples if example.unsafe or not example.jailbreak]  # as the encoder's loss
     score = fit(*_texts(examples, seed))
     rows = []
@@ -71,6 +72,6 @@ def scored(fit: Fit, prompts: Sequence[Prompt], templates: Sequence[Template], f
 
 
 def _texts(examples: Sequence[Example], seed: int) -> tuple[list[str], list[bool]]:
-    mixed = list(examples)
-    random.Random(seed).shuffle(mixed)
-    return [clean(example.text) for example in mixed], [example.unsafe for example in mixed]
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)
+    return [clean(example.text) for example in shuffled], [example.unsafe for example in shuffled]

@@ -85,7 +85,7 @@ def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> di
         for negative in ("benign", "hard_negative"):
             if by_set.get(positive) and by_set.get(negative):
                 found[f"auc_{positive}_{negative}"] = round(auc(by_set[positive], by_set[negative]), 4)
-    found["calibration_error"] = round(_honest_calibration_error(rows), 4)
+    found["calibration_error"] = _honest_calibration_error(rows)
     return found
 
 
@@ -100,18 +100,19 @@ def _shown(share: Share) -> list[float]:
     return [share.count, share.of, round(share.value, 4), round(low, 4), round(high, 4)]
 
 
-def _honest_calibration_error(rows: Sequence[Scored]) -> float:
-    """Of probabilities whose scale was fitted without the fold that they are of. Either label weighs the same."""
+def _honest_calibration_error(rows: Sequence[Scored]) -> float | None:
+    """Of probabilities whose scale was fitted without the fold that they are of; None with one fold. Labels weigh
+    the same."""
     judged = [row for row in rows if row.kind != "wrapped"]
     probabilities: list[float] = []
     labels: list[bool] = []
     for fold in sorted({row.fold for row in judged}):
         others = [row for row in judged if row.fold != fold]
         if len({row.unsafe for row in others}) < 2:
-            others = judged
+            return None
         scale = fitted([row.log_odds for row in others], [row.unsafe for row in others])
         mine = [row for row in judged if row.fold == fold]
         probabilities += [sigmoid(scale.log_odds(row.log_odds)) for row in mine]
         labels += [row.unsafe for row in mine]
     weights = np.where(labels, 0.5 / max(1, sum(labels)), 0.5 / max(1, len(labels) - sum(labels)))
-    return calibration_error(probabilities, labels, weights=weights)
+    return round(calibration_error(probabilities, labels, weights=weights), 4)

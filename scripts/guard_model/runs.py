@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from guard_model.augment import augmented
+from guard_model.augment import Example, augmented
 from guard_model.data import Fold, Prompt
 from guard_model.encoder import Encoder, pretrained
 from guard_model.encoding import OUTPUTS, OVERLAP, WINDOW, Encoding, Window
@@ -57,13 +57,11 @@ def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, reci
     file.with_suffix(".part").replace(file)
 
 
-def judged(
-    found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, blend: float
-) -> list[Scored]:
-    """The classifier of `trained` at a blend, written into `folder` with a card that scales nothing, and what it says
-    of the sets that it did not see."""
+def judged(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe) -> list[Scored]:
+    """The classifier of `trained` at the recipe's blend, written to `folder` with a card that scales nothing, and what
+    it says of the sets that it did not see."""
     encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers)
-    encoder.load_state_dict(blended(*torch.load(folder / "states.pt"), blend))
+    encoder.load_state_dict(blended(*torch.load(folder / "states.pt"), recipe.blend))
     write_model(encoder, encoder_folder / "tokenizer.json", folder)
     write_card(folder, {output: Scale() for output in OUTPUTS}, {"strict": 0.5, "balanced": 0.5}, 0.0)
     guard = Guard(folder=folder)
@@ -95,13 +93,17 @@ def _epochs(found: Split, encoding: Encoding, recipe: Recipe, mix: Mix) -> Calla
     def windows(epoch: int) -> Sequence[Window]:
         seed = 1000 * recipe.seed + epoch
         chance = random.Random(seed)
-        kept = [prompt for prompt in found.train if chance.random() < _share(prompt, mix)]
-        examples = augmented(
-            kept, found.templates, wrapped_each=mix.wrapped_each, surrounded_each=mix.surrounded_each, seed=seed
-        )
-        return encoding.training_windows(examples, chance)
+        return encoding.training_windows(mixed(found, mix, chance, seed), chance)
 
     return windows
+
+
+def mixed(found: Split, mix: Mix, chance: random.Random, seed: int) -> list[Example]:
+    """What is trained on in one pass: `chance` picks prompts, `seed` what is made of them."""
+    kept = [prompt for prompt in found.train if chance.random() < _share(prompt, mix)]
+    return augmented(
+        kept, found.templates, wrapped_each=mix.wrapped_each, surrounded_each=mix.surrounded_each, seed=seed
+    )
 
 
 def _share(prompt: Prompt, mix: Mix) -> float:

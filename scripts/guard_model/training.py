@@ -36,6 +36,7 @@ class Recipe:
     decay: float = 0.01
     jailbreak_weight: float = 0.3  # of its loss; that of `unsafe` is 1
     category_weight: float = 0.3  # of each
+    blend: float = 1.0  # of the tuned weights with the probed ones: see `blended`
     seed: int = 0
 
 

@@ -247,5 +247,7 @@ def test_calibration() -> None:
     assert np.mean(np.array(foreign) > limits["balanced"]) == pytest.approx(0.01, abs=0.001)
     report = calibrate.report(mended, scale, limits)
     assert report["calibration_error"] < 0.02
+    one_fold = [row for row in mended if row.fold == "a"]
+    assert calibrate.report(one_fold, scale, limits)["calibration_error"] is None
     assert report["auc_direct_benign"] > 0.9
     assert report["levels"]["balanced"]["fold"]["a/direct"][1] == 2000
