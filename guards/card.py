@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from guards.errors import GuardModelError
 
@@ -30,6 +30,25 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Of the logits that are added up to the one of `unsafe`: of the first layers, of all layers, of the n-grams."""
+
+    early: float
+    late: float
+    ngrams: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """What is harmless without a further look: a window whose early logits of `unsafe` and `jailbreak` are both under
+    these, and a sentence, besides its window, whose n-grams' logit is."""
+
+    unsafe: float
+    jailbreak: float
+    sentence: float
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
     """Read from `card.json`; everything else in that file is for people."""
 
@@ -39,8 +58,15 @@ class Card:
     thresholds: Mapping[str, float]  # by level, on the probability of `unsafe`
     jailbreak_threshold: float
     foreign_handicap: float  # taken off the log-odds of windows that are not English: they are read badly
+    weights: Weights
+    foreign_weights: Weights  # in windows that are not English
+    passing: Passing
     window_tokens: int  # the first and last token, [CLS] and [SEP], included
     overlap_tokens: int
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def sigmoid(x: float) -> float:
@@ -59,6 +85,9 @@ def read_card(file: Path) -> Card:
             thresholds={level: float(data["thresholds"][level]) for level in LEVELS},
             jailbreak_threshold=float(data["jailbreak_threshold"]),
             foreign_handicap=float(data["foreign_handicap"]),
+            weights=Weights(**_floats(data["weights"])),
+            foreign_weights=Weights(**_floats(data["foreign_weights"])),
+            passing=Passing(**_floats(data["passing"])),
             window_tokens=int(data["window_tokens"]),
             overlap_tokens=int(data["overlap_tokens"]),
         )

@@ -1,7 +1,12 @@
-"""The network: text in, logits of its windows out. ONNX Runtime on one thread."""
+"""The network and the n-grams beside it: text in, logits of its windows out. ONNX Runtime on one thread.
+
+The network is in two parts. The first layers have a head of their own; only windows that this head does not find
+plainly harmless go through the other layers.
+"""
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +18,16 @@ from tokenizers import Tokenizer
 
 from guards.card import Card, read_card
 from guards.errors import GuardModelError
-from guards.windows import windows
+from guards.ngrams import Ngrams
+from guards.windows import sentences, windows
 
-Logits = npt.NDArray[np.float32]
+Outputs = npt.NDArray[np.float32]
 
 _FOREIGN = 0.3  # of a window's words: 1 in 100 English prompts has more in pieces, 1 in 20 of other languages fewer
 _DOUBT = 2.0  # whole words that a window is credited with
 _UNKNOWN = "[UNK]"
+_SENTENCES = 100  # that are looked at in one go
+_SHORTEST = 4  # tokens of a sentence that is judged by itself
 _BATCH = 4  # windows computed together: more are not faster on one core, and the first verdicts would wait for them
 
 
@@ -32,28 +40,39 @@ class Window:
     foreign: bool = False  # mostly of pieces of words that the vocabulary lacks: not English, most likely
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Of a window, in the order of the card's outputs, n-grams counted in. `early`: of the first layers; `late`: of
+    all, None where the first were enough."""
+
+    early: Outputs
+    late: Outputs | None
+
+    @property
+    def last(self) -> Outputs:
+        """What counts."""
+        return self.early if self.late is None else self.late
+
+
 class Classifier:
-    """The files in a directory: `model.onnx` (input `ids`: (windows, tokens) int64, without padding; output:
-    (windows, outputs) float32), `tokenizer.json` (Hugging Face's tokenizers), `card.json`."""
+    """The files in a directory: `first.onnx` (input `ids`: (windows, tokens) int64, without padding; outputs `states`:
+    (windows, tokens, width), `logits`: (windows, outputs), float32), `rest.onnx` (input `states`, output `logits`),
+    `ngrams.npz`, `tokenizer.json` (Hugging Face's tokenizers), `card.json`."""
 
     def __init__(self, folder: Path) -> None:
         """Raises GuardModelError."""
         self.card: Card = read_card(folder / "card.json")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        self._ngrams = Ngrams.read(folder / "ngrams.npz")
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self._session = onnxruntime.InferenceSession(
-                str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-            )
+            self._first, self._rest = (_session(folder / name) for name in ("first.onnx", "rest.onnx"))
         except Exception as error:  # both libraries raise bare exceptions of their own
             raise GuardModelError(f"the guard's model in {folder} cannot be loaded: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         begin, end = (self._tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-        width = self._session.get_outputs()[0].shape[-1]
-        if begin is None or end is None or width != len(self.card.outputs):
+        widths = {self._first.get_outputs()[1].shape[-1], self._rest.get_outputs()[0].shape[-1]}
+        if begin is None or end is None or widths != {len(self.card.outputs)}:
             raise GuardModelError(f"the guard's files in {folder} do not fit together")
         self._begin, self._end = begin, end
         self._begins, self._strange, self._goes_on = self._kinds()
@@ -84,25 +103,68 @@ class Classifier:
         """Tokens of a text that is cleaned."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def windows(self, text: str) -> list[Window]:
-        """Of a text that is cleaned. Empty for a text without tokens."""
+    def windows(self, text: str) -> Iterator[Window | None]:
+        """Of a text that is cleaned. Of a text without tokens, none. Of several sentences, those whose n-grams are not
+        plainly harmless are windows by themselves, too: what stands beside them does not count then. None now and then
+        where many are: time for others."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         if not ids:
-            return []
-        spans = windows(len(ids), size=self.card.window_tokens - 2, overlap=self.card.overlap_tokens)
-        return [
-            Window(
-                text[offsets[begin][0] : offsets[end - 1][1]],
-                (self._begin, *ids[begin:end], self._end),
-                self._is_foreign(ids[begin:end]),
-            )
-            for begin, end in spans
-        ]
+            return
+        size = self.card.window_tokens - 2
+        for begin, end in windows(len(ids), size=size, overlap=self.card.overlap_tokens):
+            yield self._window(text, ids, offsets, begin, end)
+        places = sentences(text)
+        if len(places) == 1:
+            return
+        starts = [begin for begin, _ in offsets]
+        for number, place in enumerate(places, 1):
+            begin, end = (bisect.bisect_left(starts, character) for character in place)
+            if _SHORTEST <= end - begin <= size:
+                window = self._window(text, ids, offsets, begin, end)
+                if self._ngrams.logit(window.text) > self.card.passing.sentence:
+                    yield window
+            if number % _SENTENCES == 0:
+                yield None
 
-    def logits(self, found: Sequence[Window]) -> Iterator[tuple[Sequence[Window], Logits]]:
-        """Windows of one text, a few at a time, each time with their logits (windows, outputs)."""
-        for begin in range(0, len(found), _BATCH):
-            batch = found[begin : begin + _BATCH]
-            ids = np.array([window.ids for window in batch], dtype=np.int64)  # of one length, as `windows` makes them
-            yield batch, self._session.run(None, {"ids": ids})[0]
+    def _window(
+        self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], begin: int, end: int
+    ) -> Window:
+        shown = text[offsets[begin][0] : offsets[end - 1][1]]
+        return Window(shown, (self._begin, *ids[begin:end], self._end), self._is_foreign(ids[begin:end]))
+
+    def logits(self, found: Sequence[Window]) -> Iterator[tuple[Sequence[Window], list[Logits]]]:
+        """Windows of one text, a few at a time, each time with their logits."""
+        begin = 0
+        while begin < len(found):
+            end = begin + 1
+            # Without padding, only windows of one length can be computed together.
+            while end < min(begin + _BATCH, len(found)) and len(found[end].ids) == len(found[begin].ids):
+                end += 1
+            batch = found[begin:end]
+            yield batch, self._of(batch)
+            begin = end
+
+    def _of(self, batch: Sequence[Window]) -> list[Logits]:
+        ids = np.array([window.ids for window in batch], dtype=np.int64)
+        states, early = self._first.run(None, {"ids": ids})
+        weights = [self.card.foreign_weights if window.foreign else self.card.weights for window in batch]
+        of_early, of_late, of_ngrams = np.array([(each.early, each.late, each.ngrams) for each in weights]).T
+        ngrams = of_ngrams * [self._ngrams.logit(window.text) for window in batch]
+        unsafe = early[:, 0].copy()
+        early[:, 0] = (of_early + of_late) * unsafe + ngrams  # as if all layers said the same
+        limits = self.card.passing
+        doubtful = np.flatnonzero((early[:, 0] >= limits.unsafe) | (early[:, 1] >= limits.jailbreak))
+        late: dict[int, Outputs] = {}
+        if len(doubtful):
+            (rows,) = self._rest.run(None, {"states": states[doubtful]})
+            rows[:, 0] = (of_early * unsafe + ngrams)[doubtful] + of_late[doubtful] * rows[:, 0]
+            late = dict(zip(doubtful.tolist(), rows, strict=True))
+        return [Logits(row, late.get(index)) for index, row in enumerate(early)]
+
+
+def _session(file: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -32,6 +32,8 @@ _LEET = {
     "@": "a", "$": "s", "!": "i", "|": "li", "+": "t", "€": "e", "£": "l", "¥": "y", "(": "c",
 }  # fmt: skip
 _CHUNK = re.compile(r"\S+")
+_NUMBER = re.compile(r"(?<!\S)\d{1,3}(?!\S)")
+_LEAST_LEET = 2  # words written with digits, for numbers to be read as words, too
 _EDGES = "\"'.,;:?!()[]{}<>*_`"
 _MOST_SPELLINGS = 16
 
@@ -51,8 +53,10 @@ class Undisguiser:
         """A second reading of `text`, whose white space should be as it was written; None if it has none."""
         read = _decoded(text)
         read = _APART.sub(self._joined, read)
-        read = _CHUNK.sub(self._unleeted, read)
-        return read if read != text else None
+        mended = _CHUNK.sub(self._unleeted, read)
+        if sum(a != b for a, b in zip(read.split(), mended.split(), strict=False)) >= _LEAST_LEET:
+            mended = _NUMBER.sub(self._number_read, mended)
+        return mended if mended != text else None
 
     def segmented(self, letters: str) -> str:
         """`letters` cut into words, the likeliest way."""
@@ -100,6 +104,11 @@ class Undisguiser:
                 offset = begin if word is core else 0
                 return chunk[:offset] + spelled + chunk[offset + len(word) :]
         return chunk
+
+    def _number_read(self, match: re.Match[str]) -> str:
+        """A number as a word, where there is a frequent one; among other words written so, it is likely one of them."""
+        spellings = map("".join, itertools.product(*(_LEET.get(char, char) for char in match[0])))
+        return next((word for word in spellings if word in self._costs), match[0])
 
     def _spelled(self, word: str) -> str | None:
         signs = [index for index, char in enumerate(word) if char in _LEET]

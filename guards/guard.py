@@ -23,6 +23,7 @@ from guards.verdict import DecidingWindow, Verdict
 MODEL = Path(__file__).parent / "model"
 """The classifier that comes with the package."""
 
+_TOGETHER = 32  # windows that are handed to the classifier at once
 _REMEMBERED = 4096  # windows whose logits are kept: a conversation that goes on is mostly what it was
 
 
@@ -65,7 +66,7 @@ class Guard:
         self._rules = rules or Rules()
         self._refusals = tuple(refusals)
         self._undisguiser = Undisguiser(self._classifier.words())
-        self._known: OrderedDict[tuple[int, ...], Logits] = OrderedDict()
+        self._known: OrderedDict[Window, Logits] = OrderedDict()
 
     def check(self, text: str) -> Verdict:
         """A text by itself, as a user would say it."""
@@ -91,13 +92,13 @@ class Guard:
                 if rule is not None:
                     spent += time.perf_counter() - begin
                     return self._blocked(rule.source, DecidingWindow(text, part.turn, undisguised), spent)
-                for window, logits in self._scored(self._rules.judged(text)):
-                    if logits is None:
+                for scored in self._scored(self._rules.judged(text)):
+                    if scored is None:
                         spent += time.perf_counter() - begin
                         yield
                         begin = time.perf_counter()
                     else:
-                        self._weigh(highest, window, logits, part, undisguised)
+                        self._weigh(highest, *scored, part, undisguised)
         return self._verdict(highest, spent + time.perf_counter() - begin)
 
     def _readings(self, part: Part) -> Iterator[tuple[str, bool]]:
@@ -108,33 +109,43 @@ class Guard:
         if beneath is not None:
             yield clean(beneath), True
 
-    def _scored(self, text: str) -> Iterator[tuple[Window, Logits | None]]:
-        """The windows of a text with their logits; None for the logits after each computation: time for others."""
+    def _scored(self, text: str) -> Iterator[tuple[Window, Logits] | None]:
+        """The windows of a text with their logits; None after each computation: time for others."""
         unknown = []
         for window in self._classifier.windows(text):
-            known = self._known.get(window.ids)
+            if window is None:
+                yield None
+                continue
+            known = self._known.get(window)
             if known is None:
                 unknown.append(window)
             else:
-                self._known.move_to_end(window.ids)
+                self._known.move_to_end(window)
                 yield window, known
+            if len(unknown) == _TOGETHER:
+                yield from self._computed(unknown)
+                unknown = []
+        yield from self._computed(unknown)
+
+    def _computed(self, unknown: Sequence[Window]) -> Iterator[tuple[Window, Logits] | None]:
         for batch, rows in self._classifier.logits(unknown):
             for window, logits in zip(batch, rows, strict=True):
-                self._known[window.ids] = logits
+                self._known[window] = logits
                 yield window, logits
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
-            yield batch[-1], None
+            yield None
 
     def _weigh(self, highest: _Highest, window: Window, logits: Logits, part: Part, undisguised: bool) -> None:
         scales = self.card.scales
         handicap = part.handicap + (self.card.foreign_handicap if window.foreign else 0.0)
-        unsafe = scales["unsafe"].log_odds(float(logits[0])) - handicap
-        jailbreak = scales["jailbreak"].log_odds(float(logits[1])) - handicap
+        unsafe = scales["unsafe"].log_odds(float(logits.last[0])) - handicap
+        jailbreak = scales["jailbreak"].log_odds(float(logits.last[1])) - handicap
         highest.jailbreak = max(highest.jailbreak, jailbreak)
         if unsafe > highest.unsafe:
             highest.unsafe, highest.logits = unsafe, logits
-            highest.window = DecidingWindow(window.text, part.turn, undisguised, window.foreign)
+            early = sigmoid(scales["unsafe"].log_odds(float(logits.early[0])) - handicap)
+            highest.window = DecidingWindow(window.text, part.turn, undisguised, window.foreign, early)
 
     def _verdict(self, highest: _Highest, seconds: float) -> Verdict:
         score, jailbreak = sigmoid(highest.unsafe), sigmoid(highest.jailbreak)
@@ -142,7 +153,7 @@ class Guard:
         if highest.logits is not None:
             for index, name in enumerate(self.card.outputs):
                 if name in CATEGORIES:
-                    given_unsafe = self.card.scales[name].probability(float(highest.logits[index]))
+                    given_unsafe = self.card.scales[name].probability(float(highest.logits.last[index]))
                     categories[name] = score * given_unsafe
         return Verdict(
             label="unsafe" if score > self.threshold else "safe",

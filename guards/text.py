@@ -20,7 +20,7 @@ _LETTER_BLOCKS = (0x1F130, 0x1F150, 0x1F170, 0x1F1E6)  # squared, circled, negat
 _BLOCK_LETTERS = {start + index: chr(ord("a") + index) for start in _LETTER_BLOCKS for index in range(26)}
 _WORD = re.compile(r"[^\W\d_]+")
 _OVERLAYS = re.compile(r"[\u0334-\u0338\u0488\u0489\u20d0-\u20ff]")  # strokes through letters, circles around them
-_HEAP = re.compile(r"([\u0300-\u036f])[\u0300-\u036f]+")
+_HEAP = re.compile(r"[^\W\d_][\u0300-\u036f]+")  # after composition: more marks on a letter than any one letter has
 _MOSTLY = 0.5
 
 
@@ -29,7 +29,7 @@ def visible(text: str) -> str:
     widths, directions, tags), private use, heaps of combining marks. White space stays as it is."""
     text = unicodedata.normalize("NFKC", text.translate(_BLOCK_LETTERS))
     if not text.isascii():
-        text = _HEAP.sub(r"\1", _OVERLAYS.sub("", text))
+        text = _HEAP.sub(_bare, _OVERLAYS.sub("", text))
     return "".join(char for char in text if char.isspace() or char.isprintable())
 
 
@@ -63,6 +63,10 @@ def clean(text: str) -> str:
 def collapsed(seen: str) -> str:
     """`clean` of a text that is `visible` already."""
     return " ".join(latinised(seen).split())
+
+
+def _bare(heap: re.Match[str]) -> str:
+    return unicodedata.normalize("NFD", heap[0])[0]
 
 
 def _is_latin(char: str) -> bool:

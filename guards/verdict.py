@@ -19,6 +19,7 @@ class DecidingWindow:
     turn: int  # the place of its message in the conversation, from 0; of the last one where it joins several
     undisguised: bool  # whether it was read beneath a disguise
     foreign: bool = False  # whether it is not English, as far as the classifier's vocabulary tells; it counts less
+    early_score: float = 0.0  # what the first layers alone make of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_END = re.compile(r"(?<=[.!?;:])\s+|(?<=[\u3002\uff01\uff1f])")
+
 
 def windows(length: int, *, size: int, overlap: int) -> list[tuple[int, int]]:
     """Begins and ends of windows that cover `length` tokens, each of `size` tokens (the only one may be shorter),
@@ -12,3 +16,10 @@ def windows(length: int, *, size: int, overlap: int) -> list[tuple[int, int]]:
         return [(0, length)]
     steps = -(-(length - size) // (size - overlap))
     return [(begin, begin + size) for begin in (step * (length - size) // steps for step in range(steps + 1))]
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Begins and ends of what stops end, in characters: roughly, for nothing depends on a sentence being one."""
+    ends = [*(match.span() for match in _END.finditer(text)), (len(text), len(text))]
+    begins = [0, *(end for _, end in ends[:-1])]
+    return [(begin, end) for begin, (end, _) in zip(begins, ends, strict=True) if end > begin]

@@ -42,7 +42,9 @@ def test_the_wheel_holds_exactly_our_packages(tmp_path: Path) -> None:
     top = {name.split("/")[0] for name in names if ".dist-info" not in name.split("/")[0]}
     assert top == {"edgellm", "serving", "guards"}
     assert "edgellm/py.typed" in names
-    assert {f"guards/model/{name}" for name in ("model.onnx", "tokenizer.json", "card.json")} <= set(names)
+    assert {
+        f"guards/model/{name}" for name in ("first.onnx", "rest.onnx", "ngrams.npz", "tokenizer.json", "card.json")
+    } <= set(names)
 
 
 def test_every_setting_has_a_help_text() -> None:

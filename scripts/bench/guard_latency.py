@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guards import Guard
+from guards.card import Passing
 from guards.classifier import Classifier
 from guards.guard import MODEL
 
@@ -17,6 +19,7 @@ class Latency:
     """Milliseconds of a verdict."""
 
     tokens: int
+    layers: str  # "as needed", or "all": what a prompt costs in which no window passes early
     prompts: int
     p50_ms: float
     p95_ms: float
@@ -39,11 +42,15 @@ def cut(texts: Iterable[str], tokens: int, classifier: Classifier) -> Iterator[s
             del words[:low]
 
 
-def measure(texts: Sequence[str], tokens: int, most: int) -> Latency:
-    """Of `most` prompts, after ten to warm up. The process stays on one core."""
+def measure(texts: Sequence[str], tokens: int, most: int, *, everything: bool = False) -> Latency:
+    """Of `most` prompts, after ten to warm up. `everything`: no window passes after the first layers, and every sentence
+    is judged. The process stays on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     guard = Guard()
+    if everything:
+        nothing = Passing(-math.inf, -math.inf, -math.inf)
+        guard._classifier.card = replace(guard._classifier.card, passing=nothing)
     spent = []
     for number, text in enumerate(cut(texts, tokens, Classifier(MODEL))):
         if number >= most + 10:
@@ -52,4 +59,5 @@ def measure(texts: Sequence[str], tokens: int, most: int) -> Latency:
         if number >= 10:
             spent.append(milliseconds)
     cuts = statistics.quantiles(spent, n=20)
-    return Latency(tokens, len(spent), statistics.median(spent), cuts[-1])
+    layers = "all" if everything else "as needed"
+    return Latency(tokens, layers, len(spent), statistics.median(spent), cuts[-1])

@@ -10,11 +10,12 @@ from guards.measures import Share, over, threshold_at
 
 SETS = ("direct", "jailbreak", "hard_negative", "wrapped", "benign")
 _RECALLED = ("direct", "jailbreak")
+_WORST = 5  # harmless sources that are named
 
 
 def lines(name: str, rows: Sequence[Scored], rates: Sequence[float] = (0.01, 0.05)) -> Iterator[str]:
     """For each rate of false positives, whose threshold is frozen over all folds: every set, the worst fold of each,
-    and each harmful source."""
+    each harmful source, and the harmless sources with the most false positives."""
     for rate in rates:
         limit = threshold_at([row.log_odds for row in rows if row.set == "benign"], rate)
         for kind in SETS:
@@ -24,6 +25,12 @@ def lines(name: str, rows: Sequence[Scored], rates: Sequence[float] = (0.01, 0.0
         for source in sorted({row.source for row in rows if row.set == "direct"}):
             mine = [row for row in rows if row.set == "direct" and row.source == source]
             yield f"| {name} | {rate:.0%} | direct: {source} | {_share(mine, limit)} | |"
+        harmless = [
+            (source, _share([row for row in rows if row.set == "benign" and row.source == source], limit))
+            for source in sorted({row.source for row in rows if row.set == "benign"})
+        ]
+        for source, share in sorted(harmless, key=lambda pair: -pair[1].value)[:_WORST]:
+            yield f"| {name} | {rate:.0%} | benign: {source} | {share} | |"
 
 
 def _share(rows: Sequence[Scored], limit: float) -> Share:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,72 @@ LEVEL_RATES = {"strict": 0.05, "balanced": 0.01}
 """False positives on harmless development prompts at which each level's threshold is frozen."""
 
 
-def fitted(log_odds: Sequence[float], labels: Sequence[bool]) -> Scale:
-    """Platt's scale, with as much weight on either label. Of one label alone nothing can be learned: the identity."""
+_MISSED = 0.005  # of what would be flagged at the strict level, at most so much may pass after the first layers
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the card says of a classifier's logits. `passing`: early logits under it are harmless without more ado."""
+
+    scales: dict[str, Scale]
+    thresholds: dict[str, float]
+    foreign_handicap: float
+    passing: float
+
+
+def calibrated(rows: Sequence[Scored]) -> Calibration:
+    """By rows that are not handicapped and of which none has passed."""
+    first = _unsafe_scale(rows)
+    limit = passing(rows, first.log_odds, thresholds(rows, first)["strict"])
+    rows = passed(rows, limit)
+    found = scales(rows)
+    limits = thresholds(rows, found["unsafe"])
+    return Calibration(found, limits, foreign_handicap(rows, found["unsafe"], limits), limit)
+
+
+def as_guarded(rows: Sequence[Scored], found: Calibration) -> list[Scored]:
+    """The rows as a guard with that calibration scores them."""
+    return handicapped(passed(rows, found.passing), found.scales["unsafe"], found.foreign_handicap)
+
+
+def passing(rows: Sequence[Scored], scaled: Callable[[float], float], strict: float) -> float:
+    """The early logit under which windows pass."""
+    early = [row.early for row in rows if row.unsafe and sigmoid(scaled(row.log_odds)) > strict]
+    return float(np.quantile(early, _MISSED)) if early else -math.inf
+
+
+def passed(rows: Sequence[Scored], limit: float) -> list[Scored]:
+    """The rows where what is under the limit early is not looked at further."""
+    return [replace(row, log_odds=min(row.early, row.log_odds)) if row.early < limit else row for row in rows]
+
+
+def fitted(log_odds: Sequence[float], labels: Sequence[bool], *, even: bool = True) -> Scale:
+    """Platt's scale; `even`: with as much weight on either label. Of one label alone nothing can be learned: the
+    identity."""
     if len(set(labels)) < 2:
         return Scale()
     x = np.asarray(log_odds, dtype=float)[:, None]
-    model = LogisticRegression(C=1e6, class_weight="balanced").fit(x, np.asarray(labels))
+    model = LogisticRegression(C=1e6, class_weight="balanced" if even else None).fit(x, np.asarray(labels))
     return Scale(float(model.coef_[0, 0]), float(model.intercept_[0]))
 
 
 def scales(rows: Sequence[Scored]) -> dict[str, Scale]:
     """Of every output, by what is in English."""
-    judged = [row for row in rows if row.kind != "wrapped" and not row.foreign]
     found = {
-        "unsafe": fitted([row.log_odds for row in judged], [row.unsafe for row in judged]),
+        "unsafe": _unsafe_scale(rows),
         "jailbreak": fitted([row.jailbreak for row in rows], [row.set in ("jailbreak", "wrapped") for row in rows]),
     }
     for name in CATEGORIES:
         known = [row for row in rows if row.named and name in row.categories]
-        found[name] = fitted([row.categories[name] for row in known], [name in row.named for row in known])
+        labels = [name in row.named for row in known]
+        # Most texts are not of a category: evenly weighed, every rare one would be named too often.
+        found[name] = fitted([row.categories[name] for row in known], labels, even=False)
     return found
+
+
+def _unsafe_scale(rows: Sequence[Scored]) -> Scale:
+    judged = [row for row in rows if row.kind != "wrapped" and not row.foreign]
+    return fitted([row.log_odds for row in judged], [row.unsafe for row in judged])
 
 
 def thresholds(rows: Sequence[Scored], scale: Scale) -> dict[str, float]:
@@ -89,6 +136,19 @@ def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> di
     return found
 
 
+def named(rows: Sequence[Scored], found: Mapping[str, Scale]) -> dict[str, dict[str, list[float]]]:
+    """Of unsafe texts whose source names categories, by category: how many of those that are said to be of it are
+    (precision), how many of those that are of it are said to be (recall)."""
+    known = [row for row in rows if row.named and row.categories]
+    result = {}
+    for name in CATEGORIES:
+        said = [found[name].probability(row.categories[name]) > 0.5 for row in known]
+        true = [name in row.named for row in known]
+        both = sum(a and b for a, b in zip(said, true, strict=True))
+        result[name] = {"precision": _shown(Share(both, sum(said))), "recall": _shown(Share(both, sum(true)))}
+    return result
+
+
 def accuracy(rows: Sequence[Scored], scale: Scale, limit: float) -> Share:
     """How many rows are labelled right at a threshold."""
     right = [(scale.probability(row.log_odds) > limit) == row.unsafe for row in rows]
@@ -96,6 +156,8 @@ def accuracy(rows: Sequence[Scored], scale: Scale, limit: float) -> Share:
 
 
 def _shown(share: Share) -> list[float]:
+    if not share.of:
+        return [0, 0]
     low, high = share.interval
     return [share.count, share.of, round(share.value, 4), round(low, 4), round(high, 4)]
 

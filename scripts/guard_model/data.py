@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from guard_model.labels import categories, is_advice
-from guards.categories import Category
+from guards.categories import CATEGORIES, Category
 
 PLACEHOLDER = "{prompt}"
+WRITTEN = "written"
+"""The source of the prompts that were written for this guard, in `written/`."""
+
 MULTIJAIL_LANGUAGES = 10  # versions of each of its questions, one after the other
 
 
@@ -32,13 +35,14 @@ class Prompt:
     lang: str
     id: str
     categories: frozenset[Category] = frozenset()  # of an unsafe text; empty: not known
+    pair: str | None = None  # of a prompt that is told from another by few words
 
     @property
     def family(self) -> str:
         """What must not stand on both sides of a split within a source: versions of one question in other languages."""
         if self.source == "multijail":
             return f"multijail-{(int(self.id.rpartition('-')[2]) - 1) // MULTIJAIL_LANGUAGES}"
-        return self.id
+        return self.pair or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,20 @@ def load_prompts(folder: Path, *, advice: bool = False) -> list[Prompt]:
     ]
 
 
+def load_written(folder: Path = Path(__file__).parent / "written") -> list[Prompt]:
+    """What was written for this guard, to be trained on whatever is left out. Files of tab-separated values: label,
+    language, category (`-`: none), pair (`-`: none), text."""
+    found = []
+    for file in sorted(folder.glob("*.tsv")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            label, lang, category, pair, text = line.split("\t")
+            unsafe = label == "unsafe"
+            named = frozenset({cast(Category, category)}) if category in CATEGORIES else frozenset()
+            kind, family = "direct" if unsafe else "benign", None if pair == "-" else f"{file.stem}-{pair}"
+            found.append(Prompt(text, unsafe, kind, WRITTEN, lang, f"{WRITTEN}-{file.stem}-{number}", named, family))
+    return found
+
+
 def load_templates(folder: Path) -> list[Template]:
     """Wrappers that say where the question goes."""
     return [
@@ -102,9 +120,9 @@ def part_of(name: str, parts: int, *, seed: int = 0) -> int:
 
 def make_folds(prompts: Iterable[Prompt], templates: Iterable[Template], count: int | None = None) -> list[Fold]:
     """`count` folds (default: one for each harmful source), and one for each source of hard negatives, of which there
-    are too few for every fold to be trained on some of them otherwise. Harmful and benign sources are dealt out over
-    the folds, each for like numbers of rows, so that every source is held out once; template sources by turns."""
-    rows = list(prompts)
+    are too few for every fold to be trained on some of them otherwise. Harmful and benign sources but WRITTEN are dealt
+    out over the folds, each for like numbers of rows, so that every one is held out once; template sources by turns."""
+    rows = [prompt for prompt in prompts if prompt.source != WRITTEN]
     harmful = _dealt(Counter(row.source for row in rows if row.unsafe), count)
     benign = _dealt(Counter(row.source for row in rows if row.kind == "benign"), len(harmful))
     near = sorted({row.source for row in rows if row.kind == "hard_negative"})

@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 from guard_model.augment import Example
 from guards.categories import CATEGORIES
 from guards.text import clean
-from guards.windows import windows
 
 OUTPUTS = ("unsafe", "jailbreak", *CATEGORIES)
 WINDOW = 64  # tokens, [CLS] and [SEP] included
-OVERLAP = 24
+OVERLAP = 16
 _WHOLE = 0.9  # of what the label comes from must be in a window that is called unsafe
 
 
@@ -25,8 +24,10 @@ class Window:
     """Token ids with [CLS] and [SEP], and labels."""
 
     ids: list[int]
+    text: str  # cleaned
     labels: tuple[float, ...]  # of OUTPUTS
     known: tuple[float, ...]  # 1 where the label is known, else 0
+    focus: str = ""  # what of the text the label `unsafe` comes from, if not the whole
 
 
 class Encoding:
@@ -41,43 +42,61 @@ class Encoding:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens without [CLS] and [SEP], of texts that are `clean`ed here."""
+        return [piece.ids for piece in self._pieces(texts)]
+
+    def _pieces(self, texts: Sequence[str]) -> list[_Piece]:
         cleaned = [clean(text) for text in texts]
-        return [found.ids for found in self._tokenizer.encode_batch(cleaned, add_special_tokens=False)]
+        found = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
+        return [_Piece(text, each.ids, each.offsets) for text, each in zip(cleaned, found, strict=True)]
 
     def framed(self, ids: Sequence[int]) -> list[int]:
-        """With [CLS] and [SEP] around."""
+        """With [CLS] and [SEP]."""
         return [self.begin, *ids, self.end]
-
-    def windows(self, ids: Sequence[int]) -> list[list[int]]:
-        """All windows of a text, as the guard reads it."""
-        spans = windows(len(ids), size=WINDOW - 2, overlap=OVERLAP)
-        return [self.framed(ids[begin:end]) for begin, end in spans]
 
     def training_windows(self, examples: Sequence[Example], chance: random.Random) -> list[Window]:
         """One window of each example, at random; where the label comes from a part of the text, one that holds it, or,
         of a harmless text, any."""
         # Character places change when a text is cleaned, so its three pieces are cleaned apart.
-        pieces: list[str] = []
+        texts: list[str] = []
         for example in examples:
             begin, end = example.focus or (0, len(example.text))
-            pieces += [example.text[:begin], example.text[begin:end], example.text[end:]]
-        ids = self.ids(pieces)
+            texts += [example.text[:begin], example.text[begin:end], example.text[end:]]
+        pieces = self._pieces(texts)
         found = []
         for index, example in enumerate(examples):
-            head, focus, tail = ids[3 * index : 3 * index + 3]
-            tokens = [*head, *focus, *tail]
-            spans = windows(len(tokens), size=WINDOW - 2, overlap=OVERLAP)
-            if len(spans) > 1:
-                size = WINDOW - 2
-                low, high = 0, len(tokens) - size
+            head, focus, tail = pieces[3 * index : 3 * index + 3]
+            size, length = WINDOW - 2, len(head.ids) + len(focus.ids) + len(tail.ids)
+            begin, end = 0, min(size, length)
+            if length > size:
+                low, high = 0, length - size
                 if example.unsafe and example.focus is not None:
-                    slack = max(0, len(focus) - size) + int((1 - _WHOLE) * min(len(focus), size))
-                    low = max(0, min(high, len(head) + len(focus) - size - slack))
-                    high = max(low, min(high, len(head) + slack))
+                    slack = max(0, len(focus.ids) - size) + int((1 - _WHOLE) * min(len(focus.ids), size))
+                    low = max(0, min(high, len(head.ids) + len(focus.ids) - size - slack))
+                    high = max(low, min(high, len(head.ids) + slack))
                 begin = chance.randint(low, high)
-                tokens = tokens[begin : begin + size]
-            found.append(Window(self.framed(tokens), *_labels(example)))
+                end = begin + size
+            ids = [*head.ids, *focus.ids, *tail.ids][begin:end]
+            shown, place = [], 0
+            for piece in (head, focus, tail):
+                shown.append(piece.shown(begin - place, end - place))
+                place += len(piece.ids)
+            part = shown[1] if example.focus else ""
+            found.append(Window(self.framed(ids), " ".join(filter(None, shown)), *_labels(example), part))
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A cleaned text and its tokens."""
+
+    text: str
+    ids: list[int]
+    places: list[tuple[int, int]]
+
+    def shown(self, begin: int, end: int) -> str:
+        """The text of the tokens from `begin` to `end`, which may lie outside."""
+        places = self.places[max(0, begin) : max(0, end)]
+        return self.text[places[0][0] : places[-1][1]] if places else ""
 
 
 def _labels(example: Example) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from guard_model import ngrams
 from guard_model.augment import Example, augmented
-from guard_model.data import Fold, Prompt
+from guard_model.calibrate import Calibration
+from guard_model.data import WRITTEN, Fold, Prompt
 from guard_model.encoder import Encoder, pretrained
 from guard_model.encoding import OUTPUTS, OVERLAP, WINDOW, Encoding, Window
 from guard_model.export import write_model
@@ -20,7 +24,9 @@ from guard_model.scoring import Scored, scored
 from guard_model.splits import Split
 from guard_model.training import Recipe, blended, train
 from guards import Guard
-from guards.card import Scale
+from guards.card import LEVELS, Scale
+
+UNCALIBRATED = Calibration({name: Scale() for name in OUTPUTS}, dict.fromkeys(LEVELS, 0.5), 0.0, -math.inf)
 
 LONG = 300  # characters: of longer harmless prompts only some are trained on, for they are many and cost the most
 
@@ -32,8 +38,7 @@ class Mix:
     wrapped_each: int = 5
     surrounded_each: int = 4000
     long_share: float = 0.3  # of harmless prompts over LONG characters, drawn anew for each epoch
-    near_share: float = 0.08  # of hard negatives: more of them teach that what is unlike the training data is safe
-    foreign_share: float = 0.3  # of unsafe prompts that are not in English: harmless ones are few in most languages
+    near_share: float = 0.05  # of hard negatives: more of them teach that what is unlike the training data is safe
 
 
 def fold_name(fold: Fold | None) -> str:
@@ -41,29 +46,35 @@ def fold_name(fold: Fold | None) -> str:
     return "+".join(sorted(fold.harmful or fold.benign)) if fold else "all"
 
 
-def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, mix: Mix) -> None:
-    """Trains a classifier on what `found` leaves it and writes its states (probed, tuned) to `states.pt` in `folder`,
-    unless they are there."""
-    file = folder / "states.pt"
+def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, mix: Mix) -> int:
+    """Trains a classifier on what `found` leaves it and writes its n-grams to `ngrams.npz` and its states (probed,
+    tuned) to `states.pt` in `folder`, unless they are there. Returns the seconds that it took, then or now."""
+    file, log = folder / "states.pt", folder / "log.json"
     if file.is_file():
-        return
+        return int(json.loads(log.read_text(encoding="utf-8"))["seconds"])
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     encoding = Encoding(encoder_folder / "tokenizer.json")
     torch.manual_seed(recipe.seed)
-    encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers)
+    encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers, recipe.early)
     print(f"{name}: {len(found.train)} prompts, {len(found.templates)} templates", file=sys.stderr)
-    probed = train(encoder, _epochs(found, encoding, recipe, mix), recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    epochs = _epochs(found, encoding, recipe, mix)
+    ngrams.fitted(epochs(0), recipe.seed).write(folder / "ngrams.npz")
+    probed = train(encoder, epochs, recipe)
     torch.save((probed, encoder.state_dict()), file.with_suffix(".part"))
+    seconds = round(time.monotonic() - began)
+    log.write_text(json.dumps({"seconds": seconds, "prompts": len(found.train)}) + "\n", encoding="utf-8")
     file.with_suffix(".part").replace(file)
+    return seconds
 
 
 def judged(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe) -> list[Scored]:
-    """The classifier of `trained` at the recipe's blend, written to `folder` with a card that scales nothing, and what
-    it says of the sets that it did not see."""
-    encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers)
+    """The classifier of `trained` at the recipe's blend, written to `folder` with a card that scales nothing and lets
+    nothing pass, and what it says of the sets that it did not see."""
+    encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers, recipe.early)
     encoder.load_state_dict(blended(*torch.load(folder / "states.pt"), recipe.blend))
     write_model(encoder, encoder_folder / "tokenizer.json", folder)
-    write_card(folder, {output: Scale() for output in OUTPUTS}, {"strict": 0.5, "balanced": 0.5}, 0.0)
+    write_card(folder, UNCALIBRATED, recipe)
     guard = Guard(folder=folder)
     rows: list[Scored] = []
     for members_name, members in found.sets.items():
@@ -71,17 +82,22 @@ def judged(found: Split, name: str, *, encoder_folder: Path, folder: Path, recip
     return rows
 
 
-def write_card(
-    folder: Path, scales: dict[str, Scale], thresholds: dict[str, float], foreign_handicap: float, **more: object
-) -> None:
+def write_card(folder: Path, found: Calibration, recipe: Recipe, **more: object) -> None:
     """`card.json` as `guards.card.read_card` reads it. `more`: what is for people."""
     card = {
         "version": "untrained",
         "outputs": list(OUTPUTS),
-        "scales": {name: {"slope": scale.slope, "bias": scale.bias} for name, scale in scales.items()},
-        "thresholds": thresholds,
+        "scales": {name: asdict(scale) for name, scale in found.scales.items()},
+        "thresholds": found.thresholds,
         "jailbreak_threshold": 0.5,
-        "foreign_handicap": foreign_handicap,
+        "foreign_handicap": found.foreign_handicap,
+        "weights": asdict(recipe.weights),
+        "foreign_weights": asdict(recipe.foreign_weights),
+        "passing": {
+            "unsafe": found.passing,
+            "jailbreak": -math.inf if found.passing == -math.inf else 0.0,
+            "sentence": recipe.sentence_passing,
+        },
         "window_tokens": WINDOW,
         "overlap_tokens": OVERLAP,
         **more,
@@ -107,8 +123,8 @@ def mixed(found: Split, mix: Mix, chance: random.Random, seed: int) -> list[Exam
 
 
 def _share(prompt: Prompt, mix: Mix) -> float:
-    if prompt.unsafe:
-        return 1.0 if prompt.lang == "en" else mix.foreign_share
+    if prompt.unsafe or prompt.source == WRITTEN:
+        return 1.0
     if prompt.kind == "hard_negative":
         return mix.near_share
     return mix.long_share if len(prompt.text) > LONG else 1.0

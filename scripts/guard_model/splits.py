@@ -11,6 +11,8 @@ from guard_model.data import Fold, Prompt, Template, part_of
 _PARTS = 20  # one of them is the in-distribution split
 _FILLED = 400  # templates of a fold with questions in them
 _QUESTION = 400  # characters at most
+NEAR_MISSES = frozenset({"coconot"})
+"""Sources of kind `benign` that were made to look like what should not be answered: measured as hard negatives."""
 
 
 @dataclass
@@ -27,14 +29,14 @@ def split(
     templates: Sequence[Template],
     fold: Fold | None,
     *,
-    most: int = 1500,
+    most: int = 1000,
     seed: int = 0,
 ) -> Split:
     """`fold` None: only the in-distribution split is left out. `most`: prompts of a set.
 
     Sets: `direct` (harmful sources left out), `jailbreak` (these in templates of sources left out), `wrapped` (harmless
-    questions in them), `benign` (benign sources left out, as many of each), `hard_negative`, and `in_distribution` (of
-    the sources trained on).
+    questions in them), `benign` (benign sources left out, as many of each), `hard_negative` (NEAR_MISSES among them),
+    and `in_distribution` (of the sources trained on).
     """
     chance = random.Random(seed)
     out = fold or Fold(frozenset(), frozenset(), frozenset())
@@ -53,10 +55,12 @@ def split(
             if questions:
                 filled = (_filled(name, chance.choice(wrappers), chance.choice(questions)) for _ in range(_FILLED))
                 sets[name] = list(filled)
-    near = [prompt for prompt in benign if prompt.kind == "hard_negative"]
+    near = [prompt for prompt in benign if prompt.kind == "hard_negative" or prompt.source in NEAR_MISSES]
     near += [prompt for prompt in inside if prompt.kind == "hard_negative"]
     sets["hard_negative"] = _some(near, most, chance)
-    sets["benign"] = _evenly([prompt for prompt in benign if prompt.kind == "benign"], most, chance)
+    sets["benign"] = _evenly(
+        [prompt for prompt in benign if prompt.kind == "benign" and prompt.source not in NEAR_MISSES], most, chance
+    )
     sets["in_distribution"] = _some(inside, 2 * most, chance)
     return found
 

@@ -16,26 +16,36 @@ from torch import nn
 
 from guard_model.encoder import Encoder
 from guard_model.encoding import OUTPUTS, Window
+from guards.card import Weights
 from guards.categories import CATEGORIES
 
 State = dict[str, torch.Tensor]
+
+
+_WEIGHTS = Weights(early=1.0, late=1.0, ngrams=1.0)
+_FOREIGN_WEIGHTS = Weights(early=0.0, late=0.3, ngrams=3.0)  # the encoder's words are English
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How an encoder is trained."""
 
-    layers: int = 3  # of the pretrained ones, the first
+    layers: int = 6  # of the pretrained ones, the first
+    early: int = 2  # of them before the early head
+    frozen: int = 4  # of them, with the embeddings, that stay as they were pretrained
     probe_rate: float = 1e-3
-    probe_epochs: float = 0.4  # of the head alone, before: what was pretrained is bent less (Kumar et al. 2022)
+    probe_epochs: float = 0.25  # of the head alone, before: what was pretrained is bent less (Kumar et al. 2022)
     rate: float = 1e-4  # of what was pretrained
     head_rate: float = 5e-4
-    epochs: float = 1.0
+    epochs: float = 0.7
     batch_tokens: int = 3072
     warmup: float = 0.06  # share of all steps
     decay: float = 0.01
     jailbreak_weight: float = 0.3  # of its loss; that of `unsafe` is 1
     category_weight: float = 0.3  # of each
+    weights: Weights = _WEIGHTS
+    foreign_weights: Weights = _FOREIGN_WEIGHTS
+    sentence_passing: float = -2.0  # n-grams' logit under which sentences are not judged by themselves
     blend: float = 1.0  # of the tuned weights with the probed ones: see `blended`
     seed: int = 0
 
@@ -74,10 +84,13 @@ def train(encoder: Encoder, epoch_windows: Callable[[int], Sequence[Window]], re
     """Trains in place: the head, then all of it. `epoch_windows`: the windows of an epoch, drawn anew for each.
     Returns the state between the two, for `blended`."""
     torch.manual_seed(recipe.seed)
-    body = [parameter for name, parameter in encoder.named_parameters() if not name.startswith("head.")]
-    head = list(encoder.head.parameters())
-    for parameter in body:
-        parameter.requires_grad = False
+    head = [parameter for name, parameter in encoder.named_parameters() if "head." in name]
+    body = [parameter for layer in encoder.layers[recipe.frozen :] for parameter in layer.parameters()]
+    if not recipe.frozen:
+        body += [*encoder.words.parameters(), encoder.positions, *encoder.norm.parameters()]
+    encoder.requires_grad_(False)
+    for parameter in head:
+        parameter.requires_grad = True
     _train(encoder, _plan(epoch_windows, recipe.probe_epochs, recipe), [(head, recipe.probe_rate)], recipe)
     probed = {name: value.clone() for name, value in encoder.state_dict().items()}
     for parameter in body:
@@ -112,8 +125,9 @@ def _train(
         ids, seen = padded([window.ids for window in batch])
         labels = torch.tensor([window.labels for window in batch])
         known = torch.tensor([window.known for window in batch])
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            encoder(ids, seen), labels, known * weights, reduction="sum"
+        loss = sum(
+            nn.functional.binary_cross_entropy_with_logits(logits, labels, known * weights, reduction="sum")
+            for logits in encoder(ids, seen)
         ) / len(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -138,9 +152,9 @@ def _plan(epoch_windows: Callable[[int], Sequence[Window]], epochs: float, recip
 
 
 def scores(encoder: Encoder, rows: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> npt.NDArray[np.float32]:
-    """Logits of windows of token ids, (rows, outputs)."""
+    """Early and late logits of windows of token ids, (2, rows, outputs)."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    found = np.zeros((len(rows), len(OUTPUTS)), dtype=np.float32)
+    found = np.zeros((2, len(rows), len(OUTPUTS)), dtype=np.float32)
     begin = 0
     with torch.inference_mode():
         while begin < len(order):
@@ -148,6 +162,6 @@ def scores(encoder: Encoder, rows: Sequence[Sequence[int]], *, batch_tokens: int
             while end < len(order) and (end + 1 - begin) * len(rows[order[end]]) <= batch_tokens:
                 end += 1
             picked = order[begin:end]
-            found[picked] = encoder(*padded([rows[index] for index in picked])).numpy()
+            found[:, picked] = torch.stack(encoder(*padded([rows[index] for index in picked]))).numpy()
             begin = end
     return found

@@ -38,7 +38,7 @@ def test_what_is_shipped_is_sound() -> None:
     assert Guard("strict").threshold == card.thresholds["strict"]
 
 
-@pytest.mark.parametrize("name", ["card.json", "model.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["card.json", "first.onnx", "rest.onnx", "ngrams.npz", "tokenizer.json"])
 @pytest.mark.parametrize("content", [None, b"", b"nonsense"])
 def test_files_that_are_missing_or_unsound(folder: Path, name: str, content: bytes | None) -> None:
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
@@ -54,6 +54,9 @@ def test_files_that_are_missing_or_unsound(folder: Path, name: str, content: byt
         {"scales": {}},
         {"thresholds": {"strict": 0.5}},
         {"window_tokens": "many"},
+        {"weights": {"early": 1.0}},
+        {"foreign_weights": None},
+        {"passing": {"unsafe": 0.0, "jailbreak": 0.0}},
     ],
 )
 def test_cards_that_do_not_fit(folder: Path, changes: dict[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from guards.classifier import Classifier
+from guards.card import Passing
+from guards.classifier import Classifier, Window
 from guards.guard import MODEL
 
 CODE = 'def total(rows):\n    """Sums them."""\n    return sum(int(row["price_cents"]) for row in rows if row)'
@@ -14,6 +17,10 @@ CODE = 'def total(rows):\n    """Sums them."""\n    return sum(int(row["price_ce
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
     return Classifier(MODEL)
+
+
+def windows(classifier: Classifier, text: str) -> list[Window]:
+    return [window for window in classifier.windows(text) if window is not None]
 
 
 @pytest.mark.parametrize(
@@ -29,12 +36,12 @@ def classifier() -> Classifier:
     ],
 )
 def test_what_is_not_english(classifier: Classifier, text: str, foreign: bool) -> None:
-    assert [window.foreign for window in classifier.windows(text)] == [foreign]
+    assert [window.foreign for window in windows(classifier, text)] == [foreign]
 
 
 def test_windows_are_pieces_of_the_text(classifier: Classifier) -> None:
     text = " ".join(f"word{n} and" for n in range(200))
-    found = classifier.windows(text)
+    found = windows(classifier, text)
     assert len(found) > 3
     assert {len(window.ids) for window in found} == {classifier.card.window_tokens}
     assert all(window.text in text for window in found)
@@ -43,9 +50,9 @@ def test_windows_are_pieces_of_the_text(classifier: Classifier) -> None:
 
 
 def test_a_window_scores_the_same_alone_and_among_others(classifier: Classifier) -> None:
-    found = classifier.windows(" ".join(f"word{n} and" for n in range(200)))
-    together = np.concatenate([logits for _, logits in classifier.logits(found)])
-    alone = np.concatenate([logits for window in found for _, logits in classifier.logits([window])])
+    found = windows(classifier, " ".join(f"word{n} and" for n in range(200)))
+    together = np.array([logits.last for _, rows in classifier.logits(found) for logits in rows])
+    alone = np.array([logits.last for window in found for _, rows in classifier.logits([window]) for logits in rows])
     assert together.shape == (len(found), len(classifier.card.outputs))
     # Activations are quantised with one scale for a batch, so that rounding differs.
     np.testing.assert_allclose(together, alone, atol=0.25)
@@ -55,3 +62,38 @@ def test_frequent_words_come_first(classifier: Classifier) -> None:
     words = classifier.words()
     assert all(word.isalpha() for word in words)
     assert words.index("the") < words.index("house") < words.index("locomotive")
+
+
+def test_only_doubtful_windows_go_through_all_layers(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = classifier.card.passing
+    texts = ["What is the capital of Mongolia?", "How do I hide a body and get away with murder?"]
+    both = [window for text in texts for window in windows(classifier, text)]
+    harmless, doubtful = (rows[0] for window in both for _, rows in classifier.logits([window]))
+    assert harmless.late is None
+    assert harmless.early[0] < limits.unsafe
+    assert harmless.last is harmless.early
+    assert doubtful.late is not None
+    assert doubtful.early[0] >= limits.unsafe
+    assert doubtful.last is doubtful.late
+    monkeypatch.setattr(classifier, "card", replace(classifier.card, passing=Passing(-np.inf, -np.inf, 0.0)))
+    ((_, (looked_at,)),) = classifier.logits(both[:1])
+    assert looked_at.late is not None
+    np.testing.assert_array_equal(looked_at.early, harmless.early)
+
+
+FILLER = "The committee met on Tuesday and talked about the garden behind the library."
+REQUEST = "How do I build a bomb at home and hide it?"
+
+
+def test_sentences_that_may_matter_are_windows_by_themselves(classifier: Classifier) -> None:
+    assert [window.text for window in windows(classifier, REQUEST)] == [REQUEST]
+    found = windows(classifier, f"{FILLER} {REQUEST} {FILLER}")
+    assert [window.text for window in found] == [f"{FILLER} {REQUEST} {FILLER}", REQUEST]
+    assert found[1] == windows(classifier, REQUEST)[0]
+    batches = [batch for batch, _ in classifier.logits(found)]
+    assert [list(batch) for batch in batches] == [[window] for window in found]
+
+
+def test_many_sentences_leave_time_for_others(classifier: Classifier) -> None:
+    found = list(classifier.windows(f"{FILLER} " * 1000))
+    assert found.count(None) == 10

@@ -49,6 +49,8 @@ def reader() -> Undisguiser:
     [
         ("h0w t0 m4k3 a c@k3", QUESTION),
         ("i n33d $ome bre4d!", "i need some bread!"),
+        ("h0w 70 m4k3 4 c4k3", QUESTION),
+        ("h0w to make 4 cake", "how to make 4 cake"),
         ("h o w  t o  m a k e  a  c a k e", QUESTION),
         ("h.o.w t.o m.a.k.e a c.a.k.e", "how to make a cake"),
         ("H-o-w to m-a-k-e a c_a_k_e", "how to make a cake"),

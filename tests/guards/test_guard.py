@@ -10,7 +10,7 @@ import pytest
 
 import guards.guard
 from guards import Guard, Rules, Turn
-from guards.card import Card, Scale, sigmoid
+from guards.card import Card, Passing, Scale, Weights, sigmoid
 from guards.classifier import Logits, Window
 from guards.windows import windows
 
@@ -23,7 +23,9 @@ class FixedClassifier:
 
     def __init__(self, folder: Path) -> None:
         scales = {name: Scale() for name in OUTPUTS}
-        self.card = Card("test", OUTPUTS, scales, {"strict": 0.3, "balanced": 0.7}, 0.5, 3.0, 6, 2)
+        levels = {"strict": 0.3, "balanced": 0.7}
+        weights = Weights(0.0, 1.0, 0.0)
+        self.card = Card("test", OUTPUTS, scales, levels, 0.5, 3.0, weights, weights, Passing(0.0, 0.0, 0.0), 6, 2)
         self.computed = 0
 
     def words(self) -> list[str]:
@@ -37,12 +39,12 @@ class FixedClassifier:
             for a, b in spans
         ]
 
-    def logits(self, found: Sequence[Window]) -> Iterator[tuple[Sequence[Window], Logits]]:
+    def logits(self, found: Sequence[Window]) -> Iterator[tuple[Sequence[Window], list[Logits]]]:
         for begin in range(0, len(found), 2):
             batch = found[begin : begin + 2]
             self.computed += len(batch)
             counts = [[window.text.split().count(word) for word in ("bad", "dan", "punch")] for window in batch]
-            yield batch, 4 * np.array(counts, dtype=np.float32) - 2
+            yield batch, [Logits(row - 1, row) for row in 4 * np.array(counts, dtype=np.float32) - 2]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,7 @@ def test_a_verdict_says_what_decided() -> None:
     assert verdict.score == pytest.approx(sigmoid(2))
     assert verdict.window is not None
     assert (verdict.window.text, verdict.window.turn, verdict.window.undisguised) == ("one two three bad", 0, False)
+    assert verdict.window.early_score == pytest.approx(sigmoid(1))
     assert not verdict.jailbreak
     assert verdict.categories["violence"] == pytest.approx(sigmoid(2) * sigmoid(-2))
     assert verdict.milliseconds > 0

@@ -52,8 +52,11 @@ def test_other_languages_stay_as_they_are(text: str) -> None:
     assert clean(text) == unicodedata.normalize("NFKC", text)
 
 
-def test_a_heap_of_marks_shrinks_to_one() -> None:
-    assert clean("h\u0301\u0302\u0303\u0304i") == "h\u0301i"
+def test_a_heap_of_marks_falls_off() -> None:
+    assert clean("h\u0301\u0302\u0303\u0304i") == "hi"
+    assert (
+        clean("Ti\u00ea\u0301ng Vie\u0323\u0302t caf\u00e9") == "Ti\u1ebfng Vi\u1ec7t caf\u00e9"
+    )  # letters of a language stay
 
 
 def test_white_space_stays_until_the_text_is_cleaned() -> None:

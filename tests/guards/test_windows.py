@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guards.windows import windows
+from guards.windows import sentences, windows
 
 
 @given(st.integers(0, 3000), st.integers(2, 200), st.data())
@@ -26,3 +26,26 @@ def test_every_run_as_long_as_the_overlap_is_whole_somewhere(length: int, size: 
 def test_an_overlap_that_cannot_be_is_refused(overlap: int) -> None:
     with pytest.raises(ValueError, match="overlap"):
         windows(100, size=10, overlap=overlap)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("one", ["one"]),
+        ("One. Two! Three?", ["One.", "Two!", "Three?"]),
+        ("No stop at the end. none", ["No stop at the end.", "none"]),
+        ("A list: first; second", ["A list:", "first;", "second"]),
+        ("3.5 is a number.", ["3.5 is a number."]),
+        ("今天很好。明天呢？", ["今天很好。", "明天呢？"]),
+    ],
+)
+def test_sentences(text: str, expected: list[str]) -> None:
+    assert [text[begin:end] for begin, end in sentences(text)] == expected
+
+
+@given(st.text(alphabet="ab. ?!。"))
+def test_sentences_hold_all_but_space(text: str) -> None:
+    places = sentences(text)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(places))
+    assert "".join(text[begin:end] for begin, end in places).replace(" ", "") == text.replace(" ", "")

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 from guard_model.augment import augmented, surrounded, wrapped
-from guard_model.data import Fold, Prompt, Template, load_prompts, load_templates, make_folds, part_of
+from guard_model.data import (
+    WRITTEN,
+    Fold,
+    Prompt,
+    Template,
+    load_prompts,
+    load_templates,
+    load_written,
+    make_folds,
+    part_of,
+)
 from guard_model.splits import split
 
 LONG = "A long and harmless text about gardens. " * 12
@@ -47,6 +57,27 @@ def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "jailbreak_templates.jsonl").write_text(json.dumps(wrapper) + "\n" + json.dumps(other) + "\n")
     assert load_prompts(tmp_path) == [Prompt("a", True, "direct", "bad", "en", "bad-1")]
     assert load_templates(tmp_path) == [Template("x {prompt}", "set0", "set0-1")]
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("safe\ten\t-\t7\tMy lock\nunsafe\ten\tcrime\t7\tHer lock\n")
+    (tmp_path / "some.tsv").write_text("unsafe\tde\t-\t-\tEtwas\n")
+    mine, hers, other = load_written(tmp_path)
+    assert mine == Prompt("My lock", False, "benign", WRITTEN, "en", "written-pairs-1", frozenset(), "pairs-7")
+    assert hers == Prompt("Her lock", True, "direct", WRITTEN, "en", "written-pairs-2", frozenset({"crime"}), "pairs-7")
+    assert mine.family == hers.family
+    assert (other.lang, other.family) == ("de", "written-some-1")
+
+
+def test_what_was_written_is_sound_and_never_held_out(templates: list[Template]) -> None:
+    found = load_written()
+    assert len({prompt.text.casefold() for prompt in found}) == len(found)
+    assert all(prompt.text == " ".join(prompt.text.split()) for prompt in found)
+    for lang in {prompt.lang for prompt in found} - {"en"}:
+        labels = [prompt.unsafe for prompt in found if prompt.lang == lang]
+        assert sum(labels) == len(labels) / 2
+    folds = make_folds([*found, *prompts("bad", "direct", 9), *prompts("good", "benign", 9)], templates)
+    assert [(fold.harmful, fold.benign) for fold in folds] == [({"bad"}, {"good"})]
 
 
 def test_versions_of_a_question_are_one_family() -> None:

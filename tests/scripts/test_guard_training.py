@@ -21,12 +21,13 @@ pytest.importorskip("safetensors")
 from guard_model import scoring  # noqa: E402
 from guard_model.augment import Example, plain, surrounded, wrapped  # noqa: E402
 from guard_model.data import Prompt, Template  # noqa: E402
-from guard_model.encoder import HEADS, Encoder, pretrained  # noqa: E402
+from guard_model.encoder import HEADS, SPAN, Encoder, pretrained  # noqa: E402
 from guard_model.encoding import OUTPUTS, WINDOW, Encoding  # noqa: E402
 from guard_model.training import Recipe, batches, blended, padded, scores, train  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from guards.card import Scale  # noqa: E402
+from guards.ngrams import hashed  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(60)), "bomb", "bread", "##s"]
 WIDTH, INNER, LAYERS = 2 * HEADS, 40, 3
@@ -100,31 +101,40 @@ def _reference(ids: list[int], layers: int) -> list[Array]:
     return states
 
 
-def _encoder(folder: Path, layers: int = LAYERS) -> Encoder:
+def _encoder(folder: Path, layers: int = LAYERS, early: int = 1) -> Encoder:
     torch.manual_seed(0)
-    return pretrained(folder / "model.safetensors", layers).eval()
+    return pretrained(folder / "model.safetensors", layers, early).eval()
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_encoder_computes_what_bert_computes(folder: Path, layers: int) -> None:
-    ids = [2, 9, 17, 64, 4, 3]
-    encoder = _encoder(folder, layers)
+def _spans(states: Array) -> Array:
+    """The mean and the highest values of the whole, and of spans of SPAN tokens, three quarters of them there."""
+    spans = [states[begin : begin + SPAN] for begin in range(0, len(states), SPAN // 2)]
+    spans = [states, *(span for span in spans if len(span) >= 0.75 * SPAN)]
+    return np.array([np.concatenate([span.mean(0), span.max(0)]) for span in spans])
+
+
+@pytest.mark.parametrize(("layers", "early"), [(2, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("length", [4, 24, 39, 40, 64])
+def test_the_encoder_computes_what_bert_computes(folder: Path, layers: int, early: int, length: int) -> None:
+    ids = [2, *np.random.default_rng(1).integers(4, 64, length - 2).tolist(), 3]
+    encoder = _encoder(folder, layers, early)
     states = _reference(ids, layers)
-    features = torch.tensor(
-        np.concatenate([states[-1][0], states[-2].mean(0), states[-2].max(0)])[None], dtype=torch.float32
-    )
+    late = np.array([np.concatenate([states[-1][0], span]) for span in _spans(states[-2])])
     with torch.inference_mode():
-        expected = encoder.head(features).numpy()
+        expected = [
+            head(torch.tensor(features, dtype=torch.float32)).numpy().max(0, keepdims=True)
+            for head, features in ((encoder.early_head, _spans(states[early])), (encoder.head, late))
+        ]
     np.testing.assert_allclose(scores(encoder, [ids]), expected, atol=1e-5)
 
 
 def test_padding_changes_nothing(folder: Path) -> None:
-    rows = [[2, 9, 3], [2, *range(4, 40), 3], [2, 11, 12, 3]]
+    rows = [[2, 9, 3], [2, *range(4, 40), 3], [2, 11, 12, 3], [2, *range(4, 14), 3], [2, *range(4, 24), 3]]
     ids, seen = padded(rows)
     assert seen is not None
-    assert ids.shape == seen.shape == (3, 38)
+    assert ids.shape == seen.shape == (5, 38)
     encoder = _encoder(folder)
-    alone = np.concatenate([scores(encoder, [row]) for row in rows])
+    alone = np.concatenate([scores(encoder, [row]) for row in rows], axis=1)
     np.testing.assert_allclose(scores(encoder, rows), alone, atol=1e-5)
 
 
@@ -135,11 +145,16 @@ def test_the_exported_network_says_the_same(folder: Path, tmp_path: Path) -> Non
 
     encoder = _encoder(folder)
     write_model(encoder, folder / "tokenizer.json", tmp_path / "model")
-    session = onnxruntime.InferenceSession(str(tmp_path / "model" / "model.onnx"), providers=["CPUExecutionProvider"])
+    first, rest = (
+        onnxruntime.InferenceSession(str(tmp_path / "model" / name), providers=["CPUExecutionProvider"])
+        for name in ("first.onnx", "rest.onnx")
+    )
     rows = [[2, *range(4, 20), 3], [2, *range(20, 36), 3]]
-    (found,) = session.run(None, {"ids": np.array(rows)})
-    expected = scores(encoder, rows)
-    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    states, early = first.run(None, {"ids": np.array(rows)})
+    assert states.shape == (2, 18, WIDTH)
+    (late,) = rest.run(None, {"states": states})
+    for found, expected in zip((early, late), scores(encoder, rows), strict=True):
+        assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
@@ -181,7 +196,8 @@ def test_labels_and_what_is_known_of_them(folder: Path) -> None:
     assert [window.known[weapons] for window in windows] == [1, 0, 1, 0]
 
 
-def test_training_learns_and_blends(folder: Path) -> None:
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_training_learns_and_blends(folder: Path, frozen: int) -> None:
     chance = random.Random(0)
     encoding = Encoding(folder / "tokenizer.json")
     prompts = [
@@ -190,18 +206,25 @@ def test_training_learns_and_blends(folder: Path) -> None:
         )
         for n in range(400)
     ]
-    encoder = _encoder(folder, 2)
+    encoder = _encoder(folder, 3)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    recipe = Recipe(layers=2, epochs=6, probe_epochs=2, rate=2e-3, head_rate=5e-3, batch_tokens=256)
+    recipe = Recipe(
+        layers=3, early=1, frozen=frozen, epochs=6, probe_epochs=2, rate=2e-3, head_rate=5e-3, batch_tokens=256
+    )
     examples = [plain(prompt) for prompt in prompts]
     probed = train(encoder, lambda _: encoding.training_windows(examples, chance), recipe)
-    body = [name for name in before if not name.startswith("head.")]
+    body = [name for name in before if "head." not in name]
     assert all(torch.equal(probed[name], before[name]) for name in body)
     assert not torch.equal(probed["head.0.weight"], before["head.0.weight"])
+    assert not torch.equal(probed["early_head.0.weight"], before["early_head.0.weight"])
     logits = scores(encoder, [encoding.framed(ids) for ids in encoding.ids([prompt.text for prompt in prompts])])
-    right = (logits[:, 0] > 0) == np.array([prompt.unsafe for prompt in prompts])
-    assert right.mean() > 0.95
+    for early_or_late, least in zip(logits, (0.75, 0.95), strict=True):  # below a frozen layer little can be learned
+        right = (early_or_late[:, 0] > 0) == np.array([prompt.unsafe for prompt in prompts])
+        assert right.mean() > least
     tuned = encoder.state_dict()
+    still = [name for name in body if torch.equal(tuned[name], before[name])]
+    below = [name for name in body if name.startswith("layers.0.") or not name.startswith("layers.")]
+    assert still == (below if frozen else [])
     assert all(torch.equal(blended(probed, tuned, 1.0)[name], tuned[name]) for name in tuned)
     assert all(torch.equal(blended(probed, tuned, 0.0)[name], probed[name]) for name in tuned)
 
@@ -251,3 +274,48 @@ def test_calibration() -> None:
     assert calibrate.report(one_fold, scale, limits)["calibration_error"] is None
     assert report["auc_direct_benign"] > 0.9
     assert report["levels"]["balanced"]["fold"]["a/direct"][1] == 2000
+
+
+def test_what_passes_after_the_first_layers() -> None:
+    pytest.importorskip("sklearn")
+    from guard_model import calibrate
+
+    draw = np.random.default_rng(0)
+    rows = []
+    for n in range(4000):
+        unsafe = n % 2 == 1
+        late = float(draw.normal(3 if unsafe else -3, 1))
+        row = _row("ab"[n // 2 % 2], "direct" if unsafe else "benign", late, unsafe=unsafe)
+        rows.append(replace(row, early=late / 2 + float(draw.normal(0, 1))))
+    found = calibrate.calibrated(rows)
+    flagged = [row for row in rows if row.unsafe and found.scales["unsafe"].probability(row.log_odds) > 0.5]
+    assert np.mean([row.early < found.passing for row in flagged]) == pytest.approx(0.005, abs=0.002)
+    harmless = [row for row in rows if not row.unsafe]
+    assert np.mean([row.early < found.passing for row in harmless]) > 0.5
+    guarded = calibrate.as_guarded(rows, found)
+    for before, after in zip(rows, guarded, strict=True):
+        assert after.log_odds == (
+            min(before.early, before.log_odds) if before.early < found.passing else before.log_odds
+        )
+    nothing = calibrate.calibrated([row for row in rows if not row.unsafe])
+    assert nothing.passing == -math.inf
+
+
+def test_ngrams_are_fitted(folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    from guard_model import ngrams
+
+    encoding = Encoding(folder / "tokenizer.json")
+    prompts = [
+        Prompt(f"w{n % 40} {'bomb' if n % 2 else 'bread'} w{n % 7}", n % 2 == 1, "k", "s", "en", "") for n in range(200)
+    ]
+    template = Template("w50 {prompt} w51", "t", "1")
+    examples = [plain(prompt) for prompt in prompts]
+    # Of a harmless question in a jailbreak nobody says that it is harmless: nothing is learned from it.
+    examples += [wrapped(prompt, template) for prompt in prompts if not prompt.unsafe]
+    found = ngrams.fitted(encoding.training_windows(examples, random.Random(0)), seed=0)
+    bad, good, unknown = (found.logit(text) for text in ("w3 bomb w2", "w3 bread w2", "zz yy"))
+    assert bad > 1
+    assert good < -1
+    assert good < unknown < bad
+    assert found.rarity[np.concatenate(hashed("w50"))].sum() < found.rarity[np.concatenate(hashed("w39"))].sum()

@@ -1,0 +1,84 @@
+"""A linear model of character n-grams, beside the network: it knows spellings, in any script, weighed by TF-IDF.
+
+It makes other mistakes than the network, so that the two together are right more often than either; and the network's
+vocabulary is English, so that of other languages the n-grams see more.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from guards.errors import GuardModelError
+
+BITS = 20
+"""Features are hashed to so many bits."""
+
+SIZES = range(2, 6)
+"""Characters of an n-gram."""
+
+SPAN = 160
+"""Characters of a stretch: a request with what qualifies it. What else stands in a window does not thin it out."""
+
+_LEAST = 120  # characters of the last stretch
+
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, near 2**64 / golden ratio (Knuth, volume 3, section 6.4)
+_STEP = np.uint64(0xD6E8FEB86659FD93)  # odd, so that no bit is lost from one size to the next
+
+
+def hashed(text: str) -> list[npt.NDArray[np.int64]]:
+    """Of a text that is cleaned, with a space before and after, the features of its n-grams, for each of SIZES an array
+    in the order of their first characters. Capitals count as small letters."""
+    codes = np.frombuffer(f" {text.lower()} ".encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    codes += np.uint64(1)
+    state, found = codes, []
+    for size in range(2, SIZES.stop):
+        state = (state[:-1] * _STEP) ^ codes[size - 1 :]
+        found.append(((state * _SPREAD) >> np.uint64(64 - BITS)).astype(np.int64))
+    return found
+
+
+class Ngrams:
+    """`rarity`: each feature's inverse document frequency, 0 for what was never seen; `weights`: over 0 for what speaks
+    for unsafe; `bias`. The logit of a text is `bias` + the sum of rarity times weight over its n-grams, divided by the
+    root of the sum of squared rarities."""
+
+    def __init__(self, rarity: npt.NDArray[np.floating], weights: npt.NDArray[np.floating], bias: float) -> None:
+        self.rarity = rarity.astype(np.float16)
+        self.weights = weights.astype(np.float16)
+        self.bias = bias
+
+    @classmethod
+    def read(cls, file: Path) -> Ngrams:
+        """Raises GuardModelError."""
+        try:
+            with np.load(file) as found:
+                return cls(found["rarity"], found["weights"], float(found["bias"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise GuardModelError(f"the guard's n-grams {file} cannot be read: {error!r}") from None
+
+    def write(self, file: Path) -> None:
+        """Half precision, compressed."""
+        np.savez_compressed(file, rarity=self.rarity, weights=self.weights, bias=np.float32(self.bias))
+
+    def logit(self, text: str) -> float:
+        """Of a window: the highest of the whole and of stretches of SPAN characters. Of a text of which nothing is
+        known, the bias."""
+        length = len(text) + 2
+        begins = np.arange(0, max(1, length - _LEAST), SPAN // 2)
+        ends = np.minimum(begins + SPAN, length)
+        begins, ends = np.append(begins, 0), np.append(ends, length)
+        tops, squares = np.zeros((2, len(begins)))
+        for size, features in zip(SIZES, hashed(text), strict=True):
+            rarity = self.rarity[features].astype(np.float64)
+            top = np.concatenate([[0.0], np.cumsum(rarity * self.weights[features])])
+            square = np.concatenate([[0.0], np.cumsum(rarity**2)])
+            # An n-gram is in a stretch that holds all of its characters.
+            last = np.clip(ends - size + 1, 0, len(features))
+            first = np.minimum(begins, last)
+            tops += top[last] - top[first]
+            squares += square[last] - square[first]
+        return self.bias + float((tops / np.sqrt(np.maximum(squares, 1e-9))).max())
