@@ -43,8 +43,8 @@ def cut(texts: Iterable[str], tokens: int, classifier: Classifier) -> Iterator[s
 
 
 def measure(texts: Sequence[str], tokens: int, most: int, *, everything: bool = False) -> Latency:
-    """Of `most` prompts, after ten to warm up. `everything`: no window passes after the first layers, and every sentence
-    is judged. The process stays on one core."""
+    """Of `most` prompts, after ten to warm up. `everything`: no window passes early, every sentence is judged. The
+    process stays on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     guard = Guard()

@@ -63,6 +63,8 @@ def scored(fit: Fit, prompts: Sequence[Prompt], templates: Sequence[Template], f
     score = fit(*_texts(examples, seed))
     rows = []
     for name, members in found.sets.items():
+        if not members:
+            continue
         values = score([clean(prompt.text) for prompt in members])
         rows += [
             Scored(fold_name(fold), name, p.id, p.source, p.lang, p.kind, p.unsafe, float(value), 0.0, 0.0)
