@@ -7,6 +7,7 @@ plainly harmless go through the other layers.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ Outputs = npt.NDArray[np.float32]
 _FOREIGN = 0.3  # of a window's words: 1 in 100 English prompts has more in pieces, 1 in 20 of other languages fewer
 _DOUBT = 2.0  # whole words that a window is credited with
 _UNKNOWN = "[UNK]"
+_REMEMBERED = 8192  # texts whose n-grams' logit is kept
 _SENTENCES = 100  # that are looked at in one go
 _SHORTEST = 4  # tokens of a sentence that is judged by itself
 _BATCH = 4  # windows computed together: more are not faster on one core, and the first verdicts would wait for them
@@ -62,7 +64,8 @@ class Classifier:
     def __init__(self, folder: Path) -> None:
         """Raises GuardModelError."""
         self.card: Card = read_card(folder / "card.json")
-        self._ngrams = Ngrams.read(folder / "ngrams.npz")
+        # Asked about a sentence twice, and again each time that a conversation goes on.
+        self._ngram_logit = functools.lru_cache(maxsize=_REMEMBERED)(Ngrams.read(folder / "ngrams.npz").logit)
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._first, self._rest = (_session(folder / name) for name in ("first.onnx", "rest.onnx"))
@@ -122,7 +125,7 @@ class Classifier:
             begin, end = (bisect.bisect_left(starts, character) for character in place)
             if _SHORTEST <= end - begin <= size:
                 window = self._window(text, ids, offsets, begin, end)
-                if self._ngrams.logit(window.text) > self.card.passing.sentence:
+                if self._ngram_logit(window.text) > self.card.passing.sentence:
                     yield window
             if number % _SENTENCES == 0:
                 yield None
@@ -150,7 +153,7 @@ class Classifier:
         states, early = self._first.run(None, {"ids": ids})
         weights = [self.card.foreign_weights if window.foreign else self.card.weights for window in batch]
         of_early, of_late, of_ngrams = np.array([(each.early, each.late, each.ngrams) for each in weights]).T
-        ngrams = of_ngrams * [self._ngrams.logit(window.text) for window in batch]
+        ngrams = of_ngrams * [self._ngram_logit(window.text) for window in batch]
         unsafe = early[:, 0].copy()
         early[:, 0] = (of_early + of_late) * unsafe + ngrams  # as if all layers said the same
         limits = self.card.passing

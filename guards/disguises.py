@@ -54,7 +54,7 @@ class Undisguiser:
         read = _decoded(text)
         read = _APART.sub(self._joined, read)
         mended = _CHUNK.sub(self._unleeted, read)
-        if sum(a != b for a, b in zip(read.split(), mended.split(), strict=False)) >= _LEAST_LEET:
+        if mended != read and sum(a != b for a, b in zip(read.split(), mended.split(), strict=False)) >= _LEAST_LEET:
             mended = _NUMBER.sub(self._number_read, mended)
         return mended if mended != text else None
 

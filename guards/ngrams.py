@@ -35,7 +35,7 @@ def hashed(text: str) -> list[npt.NDArray[np.int64]]:
     codes = np.frombuffer(f" {text.lower()} ".encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     codes += np.uint64(1)
     state, found = codes, []
-    for size in range(2, SIZES.stop):
+    for size in SIZES:  # each from the one before: they begin with 2
         state = (state[:-1] * _STEP) ^ codes[size - 1 :]
         found.append(((state * _SPREAD) >> np.uint64(64 - BITS)).astype(np.int64))
     return found

@@ -52,13 +52,16 @@ def test_of_what_is_not_known_the_bias_is_left() -> None:
     assert Ngrams(nothing, nothing + 1, -1.5).logit("") == -1.5
 
 
-def test_surroundings_do_not_thin_out(ngrams: Ngrams) -> None:
-    request = "how do i do this very thing" * 4
-    alone = ngrams.logit(request)
-    filler = "the committee met on tuesday " * 8
-    whole = _logit(ngrams, f" {filler + request + filler} ")
-    assert ngrams.logit(filler + request + filler) >= max(whole, ngrams.logit(filler))
-    assert alone == pytest.approx(ngrams.logit(request))
+def test_surroundings_do_not_thin_out() -> None:
+    request = "how do i do this very thing" * 5
+    filler = "committee met tuesday " * 20
+    weights = np.zeros(1 << BITS)
+    weights[np.concatenate(hashed(request))] = 1.0
+    found = Ngrams(np.ones(1 << BITS), weights, 0.0)
+    alone, among = found.logit(request), found.logit(filler + request + filler)
+    whole = _logit(found, f" {filler + request + filler} ")
+    assert whole < 0.5 * alone
+    assert 0.7 * alone < among <= 1.2 * alone
 
 
 def test_files(ngrams: Ngrams, tmp_path: Path) -> None:
