@@ -115,7 +115,7 @@ def _pooled(x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
     along = x.transpose(1, 2)
     steps = {"kernel_size": SPAN, "stride": SPAN // 2, "padding": SPAN // 2}
     counted = torch.ones_like(along[:, :1]) if seen is None else seen[:, None, :].to(x.dtype)
-    # Zeros beside the text are counted and taken out again: ONNX's export of `count_include_pad` counts them always.
+    # Zeros beside the text are counted, and taken out again by their number, whether they are padding or not there.
     number = functional.avg_pool1d(counted, **steps)
     means = functional.avg_pool1d(along * counted, **steps) / number.clamp(min=1 / SPAN)
     hidden = along if seen is None else along.masked_fill(~seen[:, None, :], torch.finfo(x.dtype).min)
