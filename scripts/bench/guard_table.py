@@ -20,8 +20,10 @@ def lines(name: str, rows: Sequence[Scored], rates: Sequence[float] = (0.01, 0.0
         limit = threshold_at([row.log_odds for row in rows if row.set == "benign"], rate)
         for kind in SETS:
             mine = [row for row in rows if row.set == kind]
-            if mine:
-                yield f"| {name} | {rate:.0%} | {kind} | {_share(mine, limit)} | {_worst(mine, limit)} |"
+            agreed = [row for row in mine if row.agreed]
+            for those, of in ((mine, ""), (agreed, ", label shared by a second reading")):
+                if those and (not of or len(agreed) < len(mine)):
+                    yield f"| {name} | {rate:.0%} | {kind}{of} | {_share(those, limit)} | {_worst(those, limit)} |"
         for source in sorted({row.source for row in rows if row.set == "direct"}):
             mine = [row for row in rows if row.set == "direct" and row.source == source]
             yield f"| {name} | {rate:.0%} | direct: {source} | {_share(mine, limit)} | |"

@@ -67,7 +67,9 @@ def scored(fit: Fit, prompts: Sequence[Prompt], templates: Sequence[Template], f
             continue
         values = score([clean(prompt.text) for prompt in members])
         rows += [
-            Scored(fold_name(fold), name, p.id, p.source, p.lang, p.kind, p.unsafe, float(value), 0.0, 0.0)
+            Scored(
+                fold_name(fold), name, p.id, p.source, p.lang, p.kind, p.unsafe, float(value), 0.0, 0.0, agreed=p.agreed
+            )
             for p, value in zip(members, values, strict=True)
         ]
     return rows

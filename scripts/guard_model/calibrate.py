@@ -49,7 +49,7 @@ def as_guarded(rows: Sequence[Scored], found: Calibration) -> list[Scored]:
 
 def passing(rows: Sequence[Scored], scaled: Callable[[float], float], strict: float) -> float:
     """The early logit under which windows pass."""
-    early = [row.early for row in rows if row.unsafe and sigmoid(scaled(row.log_odds)) > strict]
+    early = [row.early for row in rows if row.unsafe and row.agreed and sigmoid(scaled(row.log_odds)) > strict]
     return float(np.quantile(early, _MISSED)) if early else -math.inf
 
 
@@ -83,7 +83,7 @@ def scales(rows: Sequence[Scored]) -> dict[str, Scale]:
 
 
 def _unsafe_scale(rows: Sequence[Scored]) -> Scale:
-    judged = [row for row in rows if row.kind != "wrapped" and not row.foreign]
+    judged = [row for row in rows if row.kind != "wrapped" and not row.foreign and row.agreed]
     return fitted([row.log_odds for row in judged], [row.unsafe for row in judged])
 
 
@@ -108,7 +108,8 @@ def handicapped(rows: Sequence[Scored], scale: Scale, handicap: float) -> list[S
 
 
 def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> dict[str, Any]:
-    """Shares flagged at each level: by set, by fold and set, by source, by language; how calibrated, how separable."""
+    """Shares flagged at each level: by set, by fold and set, by source, by language, of all rows and of those whose
+    label a second reading shares (`_agreed`); how calibrated, how separable."""
     found: dict[str, Any] = {"levels": {}}
     for level, limit in limits.items():
         groups: dict[str, dict[str, Share]] = {}
@@ -120,10 +121,12 @@ def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> di
             ("foreign", lambda row: f"{row.set}/{'foreign' if row.foreign else 'english'}"),
         ):
             names = sorted({key(row) for row in rows})
-            groups[kind] = {
-                name: over([scale.probability(row.log_odds) for row in rows if key(row) == name], limit)
-                for name in names
-            }
+            for agreed in (False, True):
+                those = [row for row in rows if row.agreed or not agreed]
+                groups[f"{kind}_agreed" if agreed else kind] = {
+                    name: over([scale.probability(row.log_odds) for row in those if key(row) == name], limit)
+                    for name in names
+                }
         found["levels"][level] = {
             kind: {name: _shown(share) for name, share in shares.items()} for kind, shares in groups.items()
         }
@@ -133,6 +136,7 @@ def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> di
             if by_set.get(positive) and by_set.get(negative):
                 found[f"auc_{positive}_{negative}"] = round(auc(by_set[positive], by_set[negative]), 4)
     found["calibration_error"] = _honest_calibration_error(rows)
+    found["calibration_error_agreed"] = _honest_calibration_error([row for row in rows if row.agreed])
     return found
 
 

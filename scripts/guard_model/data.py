@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ class Prompt:
     id: str
     categories: frozenset[Category] = frozenset()  # of an unsafe text; empty: not known
     pair: str | None = None  # of a prompt that is told from another by few words
+    agreed: bool = True  # an unsafe one: read again for this guard, it was found to be so
 
     @property
     def family(self) -> str:
@@ -74,7 +75,7 @@ class Fold:
 def load_prompts(folder: Path, *, advice: bool = False) -> list[Prompt]:
     """All labelled prompts; `advice`: also those that their source calls unsafe and that may well be answered
     (`labels.is_advice`)."""
-    return [
+    prompts = [
         Prompt(
             row["text"],
             row["label"] == "unsafe",
@@ -87,6 +88,15 @@ def load_prompts(folder: Path, *, advice: bool = False) -> list[Prompt]:
         for row in _rows(folder / "prompts.jsonl")
         if advice or row["label"] == "safe" or not is_advice(row["category"])
     ]
+    readings = load_readings()
+    return [replace(prompt, agreed=(prompt.source, prompt.family) not in readings) for prompt in prompts]
+
+
+def load_readings(file: Path = Path(__file__).parent / "readings.tsv") -> dict[tuple[str, str], str]:
+    """What was read of prompts that their sources call unsafe, where it was not that: `answerable` (any careful
+    assistant answers them) or `doubtful` (careful people would not agree), by source and family."""
+    rows = (line.split("\t") for line in file.read_text(encoding="utf-8").splitlines())
+    return {(source, family): reading for reading, source, family in rows}
 
 
 def load_written(folder: Path = Path(__file__).parent / "written") -> list[Prompt]:

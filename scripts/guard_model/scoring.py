@@ -27,6 +27,7 @@ class Scored:
     jailbreak: float
     milliseconds: float
     foreign: bool = False  # the window that decided
+    agreed: bool = True  # as of its Prompt
     early: float = 0.0  # log-odds of that window by the first layers
     named: list[str] = field(default_factory=list)  # the categories that its source names
     categories: dict[str, float] = field(default_factory=dict)  # log-odds of each, if it is unsafe at all
@@ -50,6 +51,7 @@ def scored(guard: Guard, fold: str, name: str, prompts: Sequence[Prompt]) -> lis
                 log_odds(verdict.jailbreak_score),
                 verdict.milliseconds,
                 verdict.window is not None and verdict.window.foreign,
+                prompt.agreed,
                 log_odds(verdict.window.early_score) if verdict.window else -30.0,
                 sorted(prompt.categories),
                 {key: log_odds(value / verdict.score) for key, value in verdict.categories.items()},

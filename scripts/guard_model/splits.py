@@ -32,7 +32,8 @@ def split(
     most: int = 1000,
     seed: int = 0,
 ) -> Split:
-    """`fold` None: only the in-distribution split is left out. `most`: prompts of a set.
+    """`fold` None: only the in-distribution split is left out. `most`: prompts of a set. Prompts whose label a second
+    reading did not share are measured, not trained on.
 
     Sets: `direct` (harmful sources left out), `jailbreak` (these in templates of sources left out), `wrapped` (harmless
     questions in them), `benign` (benign sources left out, as many of each), `hard_negative` (NEAR_MISSES among them),
@@ -42,7 +43,7 @@ def split(
     out = fold or Fold(frozenset(), frozenset(), frozenset())
     kept = [prompt for prompt in prompts if not out.holds_out(prompt)]
     inside = [prompt for prompt in kept if part_of(prompt.family, _PARTS, seed=seed) == 0]
-    train = [prompt for prompt in kept if part_of(prompt.family, _PARTS, seed=seed) != 0]
+    train = [prompt for prompt in kept if prompt.agreed and part_of(prompt.family, _PARTS, seed=seed) != 0]
     found = Split(train, [template for template in templates if template.source not in out.templates])
     sets = found.sets
     direct = [prompt for prompt in prompts if prompt.source in out.harmful]
@@ -73,6 +74,7 @@ def _filled(kind: str, template: Template, question: Prompt) -> Prompt:
         template.source,
         question.lang,
         f"{template.id}+{question.id}",
+        agreed=question.agreed,
     )
 
 

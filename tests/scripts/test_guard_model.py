@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from guard_model.data import (
     Prompt,
     Template,
     load_prompts,
+    load_readings,
     load_templates,
     load_written,
     make_folds,
@@ -57,6 +59,45 @@ def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "jailbreak_templates.jsonl").write_text(json.dumps(wrapper) + "\n" + json.dumps(other) + "\n")
     assert load_prompts(tmp_path) == [Prompt("a", True, "direct", "bad", "en", "bad-1")]
     assert load_templates(tmp_path) == [Template("x {prompt}", "set0", "set0-1")]
+
+
+def test_labels_are_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "readings.tsv"
+    file.write_text("doubtful\tmultijail\tmultijail-0\nanswerable\tred_instruct\tred_instruct-2\n")
+    assert load_readings(file) == {
+        ("multijail", "multijail-0"): "doubtful",
+        ("red_instruct", "red_instruct-2"): "answerable",
+    }
+    readings = load_readings()
+    assert set(readings.values()) == {"answerable", "doubtful"}
+    (source, name), *_ = [key for key in readings if key[0] == "aart"]
+    rows = [
+        {
+            "text": each,
+            "label": "unsafe",
+            "kind": "direct",
+            "source": source,
+            "lang": "en",
+            "id": each,
+            "category": None,
+        }
+        for each in (name, "aart-new")
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [prompt.agreed for prompt in load_prompts(tmp_path)] == [False, True]
+
+
+def test_what_readings_do_not_share_is_measured_and_not_trained_on(templates: list[Template]) -> None:
+    mixed = [
+        replace(prompt, agreed=number % 3 > 0)
+        for source in ("bad", "worse")
+        for number, prompt in enumerate(prompts(source, "direct", 300))
+    ]
+    found = split(mixed, templates, Fold(frozenset({"bad"}), frozenset({"set0"}), frozenset()))
+    assert {prompt.source for prompt in found.train} == {"worse"}
+    assert all(prompt.agreed for prompt in found.train)
+    for name in ("direct", "jailbreak", "in_distribution"):
+        assert {prompt.agreed for prompt in found.sets[name]} == {False, True}
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

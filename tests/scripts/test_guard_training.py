@@ -276,6 +276,24 @@ def test_calibration() -> None:
     assert report["levels"]["balanced"]["fold"]["a/direct"][1] == 2000
 
 
+def test_the_report_tells_labels_that_a_second_reading_shares() -> None:
+    pytest.importorskip("sklearn")
+    from guard_model import calibrate
+
+    rows = [_row(fold, "benign", -1.0 - n) for n in range(100) for fold in "ab"]
+    rows += [_row(fold, "direct", 1.0 + n, unsafe=True) for n in range(100) for fold in "ab"]
+    # Harmless, whatever their source says, and scored so.
+    rows += [replace(_row("a", "direct", -9.0, unsafe=True), agreed=False)] * 100
+    found = calibrate.calibrated(rows)
+    assert found.scales["unsafe"].probability(0) == pytest.approx(0.5, abs=0.05)
+    report = calibrate.report(rows, found.scales["unsafe"], found.thresholds)
+    levels = report["levels"]["strict"]
+    assert levels["set"]["direct"][:2] == [200, 300]
+    assert levels["set_agreed"]["direct"][:2] == [200, 200]
+    assert levels["set_agreed"]["benign"] == levels["set"]["benign"]
+    assert report["calibration_error_agreed"] < report["calibration_error"]
+
+
 def test_what_passes_after_the_first_layers() -> None:
     pytest.importorskip("sklearn")
     from guard_model import calibrate
