@@ -146,6 +146,8 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed and conversation give the same answers.")] = None,
     threads: Annotated[int | None, setting("threads", "--threads", "-t")] = None,
     context_tokens: Annotated[int | None, setting("context_tokens", "--context-tokens", "-c")] = None,
+    guard: Annotated[str | None, setting("guard")] = None,
+    guard_level: Annotated[str | None, setting("guard_level")] = None,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C stops an answer, /reset starts over, /exit or Ctrl-D leaves."""
     from serving.cli.chat import ChatOptions, run_chat
@@ -155,6 +157,8 @@ def chat(
         adapter=(adapter,) if adapter else None,
         threads=threads,
         context_tokens=context_tokens,
+        guard=guard,
+        guard_level=guard_level,
         parallel=1,
         log_level="error",
     )

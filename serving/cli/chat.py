@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import secrets
 import sys
@@ -18,9 +19,14 @@ from edgellm.config import Settings
 from edgellm.engine.loaded import LoadedModel
 from edgellm.engine.types import AdapterUse, ErrorEvent, Event, FinishEvent, GenerateRequest, SamplingParams
 from edgellm.errors import ContextLengthError, EdgeLLMError
+from guards import Guard, Turn
 from serving.generation import token_budget
+from serving.guarding import REFUSAL, Judged
+from serving.screening import is_refused
 from serving.service import Service
 from serving.wire.sampling import SEEDS, seed32
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +48,14 @@ def run_chat(settings: Settings, options: ChatOptions) -> None:
     console = Console()
     with contextlib.closing(Service(settings)) as service:
         with Console(stderr=True).status(f"Loading {service.models.default} ..."):
+            guard = service.guarding.load() if settings.guard != "off" else None
             service.start()
         model, adapters = service.models.resolve(options.adapter)
         with service.models.use(model) as loaded:
             if sys.stdin.isatty():
                 name = options.adapter or model.name
                 console.print(f"[bold]{escape(name)}[/bold]  Ctrl-C stops an answer, /reset starts over, /exit leaves.")
-            _Conversation(service, loaded, options, console, adapters).run()
+            _Conversation(service, loaded, options, console, adapters, guard).run()
 
 
 class _Conversation:
@@ -59,12 +66,14 @@ class _Conversation:
         options: ChatOptions,
         console: Console,
         adapters: tuple[AdapterUse, ...],
+        guard: Guard | None,
     ) -> None:
         self._service = service
         self._loaded = loaded
         self._options = options
         self._console = console
         self._adapters = adapters
+        self._guard = guard
         self._start = [{"role": "system", "content": options.system}] if options.system else []
         self._messages: list[dict[str, Any]] = list(self._start)
 
@@ -88,7 +97,7 @@ class _Conversation:
         self._messages.append({"role": "user", "content": line})
         said: list[str] = []
         try:
-            for text in self._answer():
+            for text in [REFUSAL] if self._refuses() else self._answer():
                 said.append(text)
                 sys.stdout.write(text)
                 sys.stdout.flush()
@@ -104,6 +113,20 @@ class _Conversation:
             return
         sys.stdout.write("\n")
         self._messages.append({"role": "assistant", "content": "".join(said)})
+
+    def _refuses(self) -> bool:
+        """Whether the guard lets nothing be answered. Under `annotate` it says what it found."""
+        if self._guard is None:
+            return False
+        settings = self._service.settings
+        judged: Judged = None
+        try:
+            judged = self._guard.check_turns([Turn(each["role"], each["content"]) for each in self._messages])
+        except Exception:
+            _log.exception("the guard has failed on a text")
+        if settings.guard == "annotate" and judged is not None and judged.unsafe:
+            self._console.print(f"[dim]The guard holds this for unsafe ({judged.score:.2f}).[/dim]")
+        return is_refused(settings.guard, settings.guard_on_error, judged)
 
     def _answer(self) -> Iterator[str]:
         loaded, options = self._loaded, self._options

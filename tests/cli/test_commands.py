@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgellm import __version__
+from serving.guarding import REFUSAL
 from tests.serving.server import run_edgellm, serving
 from tests.support.tiny_gguf import write_tiny_llama
 
@@ -47,6 +48,21 @@ def test_chat_answers_what_is_piped_in(tmp_path):
     assert "Traceback" not in done.stderr
     assert "starts over" in done.stdout
     assert len(done.stdout.split()) > 6
+
+
+def test_chat_is_guarded(tmp_path, model):
+    rules = {"EDGELLM_GUARD_BLOCK": "zorkmid", "EDGELLM_GUARD_ALLOW": "re:.+"}
+    arguments = ("chat", "-m", str(model), "--max-tokens", "3", "--temperature", "0")
+    lines = "Tell me of bread.\nTell me of the zorkmid.\nOf the zorkmid!\n/exit\n"
+    done = run_edgellm(tmp_path, *arguments, stdin=lines, env=rules)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(REFUSAL) == 2
+    assert not done.stdout.startswith(REFUSAL)
+    done = run_edgellm(tmp_path, *arguments, "--guard", "annotate", stdin=lines, env=rules)
+    assert (done.stdout.count("holds this for unsafe (1.00)"), REFUSAL in done.stdout) == (2, False)
+    done = run_edgellm(tmp_path, *arguments, "--guard", "off", stdin=lines, env=rules)
+    assert "unsafe" not in done.stdout
+    assert REFUSAL not in done.stdout
 
 
 def test_chat_ends_with_its_input(tmp_path, model):
