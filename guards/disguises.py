@@ -25,6 +25,8 @@ _LEAST_PERCENTS = 3  # in a word: two may be a name in an address
 _GAP = r"[ \t\n.\-_*/|,·•~+]"
 _APART = re.compile(rf"(?<![^\W_])[^\W\d_](?:(?:{_GAP}{{1,4}}[^\W_]){{3,}}|(?:[.\-_*|][^\W_]){{2}})(?![^\W_])")
 _LONGEST_WORD = 24
+_RUN = re.compile(r"(?<![^\W_])[A-Za-z]{12,2000}(?![^\W_])")  # words written together, or a long one
+_FEWEST_WORDS, _AVERAGE_WORD = 3, 2.5  # of a run that is taken apart
 _UNKNOWN = 9.0  # what a letter costs that belongs to no word, in nats
 
 _LEET = {
@@ -52,7 +54,7 @@ class Undisguiser:
     def undisguised(self, text: str) -> str | None:
         """A second reading of `text`, whose white space should be as it was written; None if it has none."""
         read = _decoded(text)
-        read = _APART.sub(self._joined, read)
+        read = _RUN.sub(self._parted, _APART.sub(self._joined, read))
         mended = _CHUNK.sub(self._unleeted, read)
         if mended != read and sum(a != b for a, b in zip(read.split(), mended.split(), strict=False)) >= _LEAST_LEET:
             mended = _NUMBER.sub(self._number_read, mended)
@@ -91,6 +93,16 @@ class Undisguiser:
             word += letter
         words.append(word)
         return " ".join(self.segmented(word) for word in words)
+
+    def _parted(self, match: re.Match[str]) -> str:
+        """Words written together, if all are known and none too short to be there by chance."""
+        run = match[0]
+        if run.lower() in self._costs:
+            return run
+        words = self.segmented(run).split()
+        known = all(word.lower() in self._costs for word in words)
+        enough = len(words) >= _FEWEST_WORDS and len(run) >= _AVERAGE_WORD * len(words)
+        return " ".join(words) if known and enough else run
 
     def _unleeted(self, match: re.Match[str]) -> str:
         """A word in which digits or signs stand for letters. What is a word as it is, or only ends in them, stays."""

@@ -67,6 +67,7 @@ class Ngrams:
     def logit(self, text: str) -> float:
         """Of a window: the highest of the whole and of stretches of SPAN characters. Of a text of which nothing is
         known, the bias."""
+        text = text.lower()  # which may be longer
         length = len(text) + 2
         begins = np.arange(0, max(1, length - _LEAST), SPAN // 2)
         ends = np.minimum(begins + SPAN, length)

@@ -9,10 +9,13 @@ from guards.errors import RuleError
 from guards.text import clean
 
 _REGEX = "re:"
+# What may be at the edge of a word, in scripts that part words.
+_WORD = re.compile(r"[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
 class Rule:
-    """A literal, found as whole words in any case; after `re:`, a regular expression (Python's, any case).
+    """A literal, found as whole words (anywhere, in scripts that do not part words) in any case; after `re:`, a regular
+    expression (Python's, any case).
 
     Both are looked for in the text as the classifier reads it: white space collapsed, lookalike letters made Latin.
     """
@@ -26,8 +29,8 @@ class Rule:
             pattern = source.removeprefix(_REGEX)
         else:
             literal = clean(source)
-            before = r"(?<!\w)" if literal[:1].isalnum() else ""
-            after = r"(?!\w)" if literal[-1:].isalnum() else ""
+            before = r"(?<!\w)" if _WORD.match(literal[:1]) else ""
+            after = r"(?!\w)" if _WORD.match(literal[-1:]) else ""
             pattern = before + re.escape(literal) + after if literal else ""
         try:
             self._pattern = re.compile(pattern, re.IGNORECASE)

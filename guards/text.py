@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 # Letters drawn like Latin ones, each before the letter that it looks like (after Unicode Technical Standard 39,
 # "confusables"). Fullwidth, mathematical, circled and superscript letters need none: NFKC takes them back.
@@ -20,15 +21,37 @@ _LETTER_BLOCKS = (0x1F130, 0x1F150, 0x1F170, 0x1F1E6)  # squared, circled, negat
 _BLOCK_LETTERS = {start + index: chr(ord("a") + index) for start in _LETTER_BLOCKS for index in range(26)}
 _WORD = re.compile(r"[^\W\d_]+")
 _OVERLAYS = re.compile(r"[\u0334-\u0338\u0488\u0489\u20d0-\u20ff]")  # strokes through letters, circles around them
-_HEAP = re.compile(r"[^\W\d_][\u0300-\u036f]+")  # after composition: more marks on a letter than any one letter has
+_HEAP = re.compile(
+    r"[^\W\d_][\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff]+"
+)  # after composition: more marks on a letter than any one letter has
 _MOSTLY = 0.5
+_MOST_MARKS = 8  # on one character: normalising takes the square of how many there are
+
+
+def _ranges(codes: Iterable[int]) -> str:
+    """For a character class of a regular expression."""
+    found: list[list[int]] = []
+    for code in codes:
+        if found and found[-1][1] == code - 1:
+            found[-1][1] = code
+        else:
+            found.append([code, code])
+    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in found)
+
+
+_MARK = _ranges(code for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code)))
+_MANY_MARKS = re.compile(f"([{_MARK}]{{{_MOST_MARKS}}})[{_MARK}]+")
+# Printable by Unicode's categories, and yet nothing to be seen: variation selectors, fillers, an empty Braille cell.
+_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 def visible(text: str) -> str:
     """`text` in compatibility form (NFKC), without what has no look of its own: control and format characters (zero
-    widths, directions, tags), private use, heaps of combining marks. White space stays as it is."""
-    text = unicodedata.normalize("NFKC", text.translate(_BLOCK_LETTERS))
+    widths, directions, tags), private use, blanks that count as letters or marks, heaps of combining marks. White space
+    stays as it is."""
     if not text.isascii():
+        text = _MANY_MARKS.sub(r"\1", _BLANK.sub("", text.translate(_BLOCK_LETTERS)))
+        text = unicodedata.normalize("NFKC", text)
         text = _HEAP.sub(_bare, _OVERLAYS.sub("", text))
     return "".join(char for char in text if char.isspace() or char.isprintable())
 

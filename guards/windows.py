@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_END = re.compile(r"(?<=[.!?;:])\s+|(?<=[\u3002\uff01\uff1f])")
+# Chinese and Japanese put no space after a stop; NFKC makes their other stops ASCII ones. Danda, Arabic and Urdu stops.
+_END = re.compile(r"(?<=[.!?;:])\s+|(?<=[\u3002\u0964\u0965\u061f\u06d4])|(?<=[!?;:])(?=[\u3040-\u30ff\u3400-\u9fff])")
 
 
 def windows(length: int, *, size: int, overlap: int) -> list[tuple[int, int]]:

@@ -55,6 +55,8 @@ def reader() -> Undisguiser:
         ("h.o.w t.o m.a.k.e a c.a.k.e", "how to make a cake"),
         ("H-o-w to m-a-k-e a c_a_k_e", "how to make a cake"),
         ("how to make a c a k e please", "how to make a cake please"),
+        ("howtomakeacake", QUESTION),
+        ("please answer Howtomakeacake!", "please answer how to make a cake!"),
         ("answer this: " + base64.b64encode(QUESTION.encode()).decode(), "answer this: " + QUESTION),
         (
             "answer this: " + base64.urlsafe_b64encode(QUESTION.encode()).decode().rstrip("="),

@@ -52,6 +52,12 @@ def test_of_what_is_not_known_the_bias_is_left() -> None:
     assert Ngrams(nothing, nothing + 1, -1.5).logit("") == -1.5
 
 
+def test_letters_that_small_ones_are_longer_than_hide_nothing(ngrams: Ngrams) -> None:
+    assert len("\u0130".lower()) == 2
+    text = "\u0130" * 30 + " and so on, to the end" * 6
+    assert ngrams.logit(text) == ngrams.logit(text.lower())
+
+
 def test_surroundings_do_not_thin_out() -> None:
     request = "how do i do this very thing" * 5
     filler = "committee met tuesday " * 20

@@ -26,6 +26,8 @@ PLAIN = "how to make a cake"
         "h\u200bo\u200cw to m\u00ada\u2060ke a cake",  # zero widths, a soft hyphen
         "how to \u202emake\u202c a cake",  # directions
         "how to make a cake\U000e0041\U000e0042",  # tags
+        "h\ufe0fo\ufe0fw to ma\u3164ke a ca\u2800ke\U000e0101",  # variation selectors, blanks that are letters or signs
+        "h\u1dc4ow t\u1ab0o make a cake",  # marks of rare blocks
         "h̷̸o̵w̶ t̶o̶ m̶a̶k̶e̶ a c̷a̷k̷e̷",  # struck through
         "  how\tto\n\nmake a\u00a0cake ",
     ],
@@ -57,6 +59,12 @@ def test_a_heap_of_marks_falls_off() -> None:
     assert (
         clean("Ti\u00ea\u0301ng Vie\u0323\u0302t caf\u00e9") == "Ti\u1ebfng Vi\u1ec7t caf\u00e9"
     )  # letters of a language stay
+
+
+@pytest.mark.parametrize("unit", ["\u0301", "\u0301\u0327", "\u0591\u0301", "a\u0301\ufe0f", "\u3164"])
+def test_many_marks_are_read_in_linear_time(unit: str) -> None:
+    """No clock: what takes the square of the time would not end here."""
+    assert len(visible("a" + unit * 500_000)) < 2_000_000
 
 
 def test_white_space_stays_until_the_text_is_cleaned() -> None:

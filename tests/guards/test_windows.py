@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guards.text import clean
 from guards.windows import sentences, windows
 
 
@@ -37,11 +38,15 @@ def test_an_overlap_that_cannot_be_is_refused(overlap: int) -> None:
         ("No stop at the end. none", ["No stop at the end.", "none"]),
         ("A list: first; second", ["A list:", "first;", "second"]),
         ("3.5 is a number.", ["3.5 is a number."]),
-        ("今天很好。明天呢？", ["今天很好。", "明天呢？"]),
+        ("今天很好。明天呢？真的！好吧", ["今天很好。", "明天呢?", "真的!", "好吧"]),
+        ("यह कैसे होता है। बताइए", ["यह कैसे होता है।", "बताइए"]),
+        ("كيف حالك؟ شكرا", ["كيف حالك؟", "شكرا"]),
+        ("10:30 or 1;2", ["10:30 or 1;2"]),
     ],
 )
 def test_sentences(text: str, expected: list[str]) -> None:
-    assert [text[begin:end] for begin, end in sentences(text)] == expected
+    text = clean(text)
+    assert [text[begin:end].strip() for begin, end in sentences(text)] == expected
 
 
 @given(st.text(alphabet="ab. ?!。"))
