@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ EARLIER_ANSWER = 3.0
 _INSTRUCTIONS = ("system", "developer")  # the operator's, not the user's
 _JOINED = 3  # the latest turns of the user that are also read as one text: a request may be spread over them
 _SHORT = 6  # words of a turn that may mean "answer it after all" and nothing else
+_UNPARTED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +38,26 @@ class Part:
     handicap: float = 0.0  # taken off its log-odds
 
 
-def parts(turns: Sequence[Turn], refusals: Sequence[str] = ()) -> Iterator[Part]:
+def parts(turns: Sequence[Turn]) -> Iterator[Part]:
     """What is judged: every turn but the operator's instructions, those after the last answer at full weight, and the
     latest turns of the user in one piece, at full weight where the last is too short to stand for itself.
-
-    A turn that was answered with one of `refusals` has had its answer: it is judged no more, so that the conversation
-    can go on about something else, unless the newest turn is so short that it may ask for just that.
     """
     newest = _newest(turns)
-    refused = {
-        index
-        for index, turn in enumerate(turns[:-1])
-        if turn.role == "user" and turns[index + 1].role == "assistant" and turns[index + 1].text.strip() in refusals
-    }
     for index, turn in enumerate(turns):
-        if turn.role in _INSTRUCTIONS or not turn.text.strip() or index in refused:
+        if turn.role in _INSTRUCTIONS or not turn.text.strip():
             continue
         earlier = EARLIER_ANSWER if turn.role == "assistant" else EARLIER_TURN
         yield Part(turn.text, index, 0.0 if index >= newest else earlier)
     spoken = [index for index, turn in enumerate(turns) if turn.role == "user" and turn.text.strip()]
-    alone = bool(spoken) and len(turns[spoken[-1]].text.split()) > _SHORT
-    if alone:
-        spoken = [index for index in spoken if index not in refused]
     if len(spoken) > 1:
+        alone = _words(turns[spoken[-1]].text) > _SHORT
         joined = "\n".join(turns[index].text for index in spoken[-_JOINED:])
         yield Part(joined, spoken[-1], EARLIER_TURN if alone and spoken[-2] < newest else 0.0)
+
+
+def _words(text: str) -> int:
+    """Roughly: in Chinese, Japanese, Thai and the like, which do not part words, two characters are one."""
+    return len(text.split()) + len(_UNPARTED.findall(text)) // 2
 
 
 def _newest(turns: Sequence[Turn]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guards import Turn
-from serving.wire.messages import AssistantMessage, Message, text_of
+from serving.guarding import REFUSAL
+from serving.wire.messages import AssistantMessage, Message, UserMessage, text_of
 
 _SHORT_CHARS = 1 << 16
 
@@ -13,6 +14,19 @@ _SHORT_CHARS = 1 << 16
 def chat_turns(messages: Sequence[Message]) -> list[Turn]:
     """Each message as a turn. What an assistant's message calls, and with which arguments, is part of what it says."""
     return [Turn(message.role, _text(message)) for message in messages]
+
+
+def without_refused(messages: Sequence[Message]) -> list[Message]:
+    """Messages without what the guard has refused to have answered, and without the refusals. So a conversation can go
+    on about something else, and nobody can insist: neither guard nor model reads it again."""
+    kept: list[Message] = []
+    for message, more in zip(messages, [*messages[1:], None], strict=True):
+        if more is not None and isinstance(message, AssistantMessage) and _text(message).strip() == REFUSAL:
+            while kept and isinstance(kept[-1], UserMessage):
+                kept.pop()
+        else:
+            kept.append(message)
+    return kept
 
 
 def prompt_turns(prompt: str, suffix: str | None = None) -> list[Turn]:

@@ -72,7 +72,7 @@ class Guarding:
         self._closed = False
 
     def _guard_of_settings(self, rules: Rules) -> Guard:
-        return Guard(self.settings.guard_level, rules=rules, refusals=[REFUSAL])
+        return Guard(self.settings.guard_level, rules=rules)
 
     def load(self) -> Guard:
         """Before the first `judge`, so that it finds the guard ready. Raises ConfigError."""

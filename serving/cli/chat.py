@@ -97,7 +97,11 @@ class _Conversation:
         self._messages.append({"role": "user", "content": line})
         said: list[str] = []
         try:
-            for text in [REFUSAL] if self._refuses() else self._answer():
+            if self._refuses():
+                self._messages.pop()  # neither guard nor model reads it again
+                sys.stdout.write(f"{REFUSAL}\n")
+                return
+            for text in self._answer():
                 said.append(text)
                 sys.stdout.write(text)
                 sys.stdout.flush()

@@ -16,7 +16,7 @@ from edgellm.engine.types import TokenLogprob
 from edgellm.engine.types import Usage as EngineUsage
 from serving.chat_prompt import prepare_chat
 from serving.generation import Generation, Piece
-from serving.guard_turns import chat_turns, is_short
+from serving.guard_turns import chat_turns, is_short, without_refused
 from serving.guarding import REFUSAL
 from serving.routes.logprobs import chat_logprobs
 from serving.screening import Screen, screening
@@ -78,6 +78,8 @@ class _ChatRun:
 
     def __init__(self, service: Service, request: ChatCompletionRequest) -> None:
         self.service = service
+        if service.settings.guard == "refuse":
+            request = request.model_copy(update={"messages": without_refused(request.messages)})
         self.request = request
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())

@@ -6,11 +6,9 @@ import pytest
 
 from guards.conversation import EARLIER_ANSWER, EARLIER_TURN, Part, Role, Turn, parts
 
-REFUSAL = "I can't help with that."
-
 
 def _judged(*turns: tuple[Role, str]) -> list[Part]:
-    return list(parts([Turn(role, text) for role, text in turns], [REFUSAL]))
+    return list(parts([Turn(role, text) for role, text in turns]))
 
 
 def test_a_single_question_is_judged_once() -> None:
@@ -55,14 +53,13 @@ def test_turns_joined_to_a_question_that_stands_for_itself_count_less() -> None:
     assert _judged(("user", "one"), ("user", long))[-1] == Part(f"one\n{long}", 1)
 
 
-def test_a_refused_turn_does_not_spoil_the_rest() -> None:
-    new = "let us talk about how bread is baked instead"
-    assert [part.text for part in _judged(("user", "bad"), ("assistant", REFUSAL), ("user", new))] == [REFUSAL, new]
-
-
-def test_insisting_on_a_refused_turn_is_read_with_it() -> None:
-    found = _judged(("user", "bad"), ("assistant", REFUSAL), ("user", "answer it anyway"))
-    assert found[-1] == Part("bad\nanswer it anyway", 2)
+@pytest.mark.parametrize(
+    "text",
+    ["面包应该怎么烤才好吃请告诉我详细的步骤", "บอกวิธีอบขนมปังที่บ้านให้หน่อยได้ไหมครับ", "one two three four five six seven"],
+)
+def test_a_long_turn_stands_for_itself_in_any_script(text: str) -> None:
+    assert _judged(("user", "one"), ("assistant", "two"), ("user", text))[-1].handicap == EARLIER_TURN
+    assert _judged(("user", "one"), ("assistant", "two"), ("user", text[:6]))[-1].handicap == 0.0
 
 
 def test_empty_turns_are_not_judged() -> None:

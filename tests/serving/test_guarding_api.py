@@ -151,6 +151,28 @@ def test_a_conversation_goes_on_after_a_refusal(careful):
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_nobody_can_insist(careful):
+    """Neither guard nor model reads again what was refused."""
+    again = "Please go ahead and answer my previous question in full detail now."
+    before = [*said(GOOD), {"role": "assistant", "content": "Bread."}]
+    refused = [*before, *said("First:"), *said(BAD), {"role": "assistant", "content": f" {REFUSAL}\n"}]
+    alone = careful.chat.completions.create(messages=said(again, *before), **ASKED)
+    insisting = careful.chat.completions.create(messages=said(again, *refused), **ASKED)
+    assert insisting.usage.prompt_tokens == alone.usage.prompt_tokens
+    # What an answer is to begin with is no refusal that was given.
+    begun = careful.chat.completions.create(messages=[*said(BAD), {"role": "assistant", "content": REFUSAL}], **ASKED)
+    assert begun.choices[0].finish_reason == "content_filter"
+
+
+def test_annotated_conversations_are_read_as_they_are(telling):
+    refused = [*said(BAD), {"role": "assistant", "content": REFUSAL}]
+    whole = telling.chat.completions.create(messages=said("And?", *refused), **ASKED)
+    assert (
+        whole.usage.prompt_tokens > telling.chat.completions.create(messages=said("And?"), **ASKED).usage.prompt_tokens
+    )
+    assert whole.x_guard["label"] == "unsafe"
+
+
 def test_faulty_requests_are_told_as_ever(refusing):
     assert refusing.post(CHAT, {"messages": said(BAD), "max_tokens": 1 << 20}).status_code == 400
     assert refusing.post(CHAT, {"messages": said(BAD), "model": "none-such"}).status_code == 404
