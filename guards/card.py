@@ -48,7 +48,7 @@ class Passing:
     sentence: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """Read from `card.json`; everything else in that file is for people."""
 
@@ -61,6 +61,7 @@ class Card:
     weights: Weights
     foreign_weights: Weights  # in windows that are not English
     passing: Passing
+    sentence_handicap: float  # taken off the logit of `unsafe` of sentences by themselves: a text has many
     window_tokens: int  # the first and last token, [CLS] and [SEP], included
     overlap_tokens: int
 
@@ -88,6 +89,7 @@ def read_card(file: Path) -> Card:
             weights=Weights(**_floats(data["weights"])),
             foreign_weights=Weights(**_floats(data["foreign_weights"])),
             passing=Passing(**_floats(data["passing"])),
+            sentence_handicap=float(data["sentence_handicap"]),
             window_tokens=int(data["window_tokens"]),
             overlap_tokens=int(data["overlap_tokens"]),
         )

@@ -28,6 +28,7 @@ _FOREIGN = 0.3  # of a window's words: 1 in 100 English prompts has more in piec
 _DOUBT = 2.0  # whole words that a window is credited with
 _UNKNOWN = "[UNK]"
 _REMEMBERED = 8192  # texts whose n-grams' logit is kept
+_LONG = 1000  # characters of a text that is not kept: a window has fewer, but for words that nobody writes
 _SENTENCES = 100  # that are looked at in one go
 _SHORTEST = 4  # tokens of a sentence that is judged by itself
 _BATCH = 4  # windows computed together: more are not faster on one core, and the first verdicts would wait for them
@@ -40,6 +41,7 @@ class Window:
     text: str
     ids: tuple[int, ...]  # with [CLS] and [SEP]
     foreign: bool = False  # mostly of pieces of words that the vocabulary lacks: not English, most likely
+    sentence: bool = False  # by itself, beside the window that it stands in
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class Classifier:
         """Raises GuardModelError."""
         self.card: Card = read_card(folder / "card.json")
         # Asked about a sentence twice, and again each time that a conversation goes on.
-        self._ngram_logit = functools.lru_cache(maxsize=_REMEMBERED)(Ngrams.read(folder / "ngrams.npz").logit)
+        self._ngrams = Ngrams.read(folder / "ngrams.npz")
+        self._ngram_logit_kept = functools.lru_cache(maxsize=_REMEMBERED)(self._ngrams.logit)
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._first, self._rest = (_session(folder / name) for name in ("first.onnx", "rest.onnx"))
@@ -89,6 +92,9 @@ class Classifier:
             strange[number] = begins[number] and (not entry.isascii() or entry == _UNKNOWN)
             goes_on[number] = entry.startswith("##")
         return begins, strange, goes_on
+
+    def _ngram_logit(self, text: str) -> float:
+        return (self._ngram_logit_kept if len(text) <= _LONG else self._ngrams.logit)(text)
 
     def _is_foreign(self, ids: Sequence[int]) -> bool:
         """Whether many words are strange or in pieces. A rare word or two make no English question foreign."""
@@ -124,17 +130,24 @@ class Classifier:
         for number, place in enumerate(places, 1):
             begin, end = (bisect.bisect_left(starts, character) for character in place)
             if _SHORTEST <= end - begin <= size:
-                window = self._window(text, ids, offsets, begin, end)
+                window = self._window(text, ids, offsets, begin, end, sentence=True)
                 if self._ngram_logit(window.text) > self.card.passing.sentence:
                     yield window
             if number % _SENTENCES == 0:
                 yield None
 
     def _window(
-        self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], begin: int, end: int
+        self,
+        text: str,
+        ids: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        begin: int,
+        end: int,
+        *,
+        sentence: bool = False,
     ) -> Window:
         shown = text[offsets[begin][0] : offsets[end - 1][1]]
-        return Window(shown, (self._begin, *ids[begin:end], self._end), self._is_foreign(ids[begin:end]))
+        return Window(shown, (self._begin, *ids[begin:end], self._end), self._is_foreign(ids[begin:end]), sentence)
 
     def logits(self, found: Sequence[Window]) -> Iterator[tuple[Sequence[Window], list[Logits]]]:
         """Windows of one text, a few at a time, each time with their logits."""
@@ -154,6 +167,7 @@ class Classifier:
         weights = [self.card.foreign_weights if window.foreign else self.card.weights for window in batch]
         of_early, of_late, of_ngrams = np.array([(each.early, each.late, each.ngrams) for each in weights]).T
         ngrams = of_ngrams * [self._ngram_logit(window.text) for window in batch]
+        ngrams -= [self.card.sentence_handicap if window.sentence else 0.0 for window in batch]
         unsafe = early[:, 0].copy()
         early[:, 0] = (of_early + of_late) * unsafe + ngrams  # as if all layers said the same
         limits = self.card.passing

@@ -25,6 +25,7 @@ MODEL = Path(__file__).parent / "model"
 
 _TOGETHER = 32  # windows that are handed to the classifier at once
 _REMEMBERED = 4096  # windows whose logits are kept: a conversation that goes on is mostly what it was
+_LONG = 1000  # characters of a window that is not kept
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Guard:
     """Judges texts and conversations. One thread at a time may use it.
 
     `level`: "strict" (5 % of harmless development prompts are held for unsafe), "balanced" (1 %), or a probability of
-    one's own. `refusals`: what was said instead of an answer, so that a turn that was refused is not judged for ever.
+    one's own.
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class Guard:
         level: Level | float = "balanced",
         *,
         rules: Rules | None = None,
-        refusals: Sequence[str] = (),
         folder: Path = MODEL,
     ) -> None:
         """Raises GuardModelError; ValueError for a level that is none."""
@@ -64,7 +64,6 @@ class Guard:
                 raise ValueError(f"not a probability: {level!r}")
             self.threshold = float(level)
         self._rules = rules or Rules()
-        self._refusals = tuple(refusals)
         self._undisguiser = Undisguiser(self._classifier.words())
         self._known: OrderedDict[Window, Logits] = OrderedDict()
 
@@ -86,7 +85,7 @@ class Guard:
         of the verdict counts the steps alone."""
         spent, begin = 0.0, time.perf_counter()
         highest = _Highest()
-        for part in parts(turns, self._refusals):
+        for part in parts(turns):
             for text, undisguised in self._readings(part):
                 rule = self._rules.blocking(text)
                 if rule is not None:
@@ -130,7 +129,8 @@ class Guard:
     def _computed(self, unknown: Sequence[Window]) -> Iterator[tuple[Window, Logits] | None]:
         for batch, rows in self._classifier.logits(unknown):
             for window, logits in zip(batch, rows, strict=True):
-                self._known[window] = logits
+                if len(window.text) <= _LONG:
+                    self._known[window] = logits
                 yield window, logits
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)

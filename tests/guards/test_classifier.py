@@ -89,9 +89,18 @@ def test_sentences_that_may_matter_are_windows_by_themselves(classifier: Classif
     assert [window.text for window in windows(classifier, REQUEST)] == [REQUEST]
     found = windows(classifier, f"{FILLER} {REQUEST} {FILLER}")
     assert [window.text for window in found] == [f"{FILLER} {REQUEST} {FILLER}", REQUEST]
-    assert found[1] == windows(classifier, REQUEST)[0]
+    assert found[1] == replace(windows(classifier, REQUEST)[0], sentence=True)
     batches = [batch for batch, _ in classifier.logits(found)]
     assert [list(batch) for batch in batches] == [[window] for window in found]
+
+
+def test_sentences_by_themselves_need_more(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "card", replace(classifier.card, sentence_handicap=1.5))
+    (alone,) = windows(classifier, REQUEST)
+    ((_, (logits,)),) = classifier.logits([alone])
+    ((_, (handicapped,)),) = classifier.logits([replace(alone, sentence=True)])
+    for found, taken in ((handicapped.early, logits.early), (handicapped.last, logits.last)):
+        np.testing.assert_allclose(taken - found, [1.5] + [0.0] * (len(found) - 1), atol=1e-4)
 
 
 def test_many_sentences_leave_time_for_others(classifier: Classifier) -> None:

@@ -15,7 +15,6 @@ from guards.classifier import Logits, Window
 from guards.windows import windows
 
 OUTPUTS = ("unsafe", "jailbreak", "violence")
-REFUSAL = "No, I will not do that."
 
 
 class FixedClassifier:
@@ -25,7 +24,20 @@ class FixedClassifier:
         scales = {name: Scale() for name in OUTPUTS}
         levels = {"strict": 0.3, "balanced": 0.7}
         weights = Weights(0.0, 1.0, 0.0)
-        self.card = Card("test", OUTPUTS, scales, levels, 0.5, 3.0, weights, weights, Passing(0.0, 0.0, 0.0), 6, 2)
+        self.card = Card(
+            version="test",
+            outputs=OUTPUTS,
+            scales=scales,
+            thresholds=levels,
+            jailbreak_threshold=0.5,
+            foreign_handicap=3.0,
+            weights=weights,
+            foreign_weights=weights,
+            passing=Passing(0.0, 0.0, 0.0),
+            sentence_handicap=0.0,
+            window_tokens=6,
+            overlap_tokens=2,
+        )
         self.computed = 0
 
     def words(self) -> list[str]:
@@ -124,12 +136,6 @@ def test_what_is_read_badly_counts_less() -> None:
     assert verdict.score == pytest.approx(sigmoid(2 - 3))
     assert verdict.window is not None
     assert verdict.window.foreign
-
-
-def test_a_refused_turn_is_done_with() -> None:
-    turns = [Turn("user", "bad"), Turn("assistant", REFUSAL), Turn("user", "let us talk about how bread is baked")]
-    assert Guard(refusals=[REFUSAL]).check_turns(turns).label == "safe"
-    assert Guard(0.3).check_turns(turns).label == "unsafe"
 
 
 def test_the_operators_words_are_not_held_against_the_user() -> None:
