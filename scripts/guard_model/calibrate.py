@@ -54,7 +54,8 @@ def passing(rows: Sequence[Scored], scaled: Callable[[float], float], strict: fl
 
 
 def passed(rows: Sequence[Scored], limit: float) -> list[Scored]:
-    """The rows where what is under the limit early is not looked at further."""
+    """The rows where what is under the limit early is not looked at further: about as in the guard, which also asks for
+    the early logit of `jailbreak`, and so looks at a little more."""
     return [replace(row, log_odds=min(row.early, row.log_odds)) if row.early < limit else row for row in rows]
 
 
@@ -69,7 +70,7 @@ def fitted(log_odds: Sequence[float], labels: Sequence[bool], *, even: bool = Tr
 
 
 def scales(rows: Sequence[Scored]) -> dict[str, Scale]:
-    """Of every output, by what is in English."""
+    """Of `unsafe` by what is in English, of the other outputs by all that is known."""
     found = {
         "unsafe": _unsafe_scale(rows),
         "jailbreak": fitted([row.jailbreak for row in rows], [row.set in ("jailbreak", "wrapped") for row in rows]),

@@ -22,7 +22,7 @@ from guard_model.encoding import OUTPUTS, OVERLAP, WINDOW, Encoding, Window
 from guard_model.export import write_model
 from guard_model.scoring import Scored, scored
 from guard_model.splits import Split
-from guard_model.training import Recipe, blended, train
+from guard_model.training import Recipe, train
 from guards import Guard
 from guards.card import LEVELS, Scale
 
@@ -35,9 +35,9 @@ LONG = 300  # characters: of longer harmless prompts only some are trained on, f
 class Mix:
     """What an epoch is made of."""
 
-    wrapped_each: int = 5
+    wrapped_each: int = 7
     surrounded_each: int = 4000
-    long_share: float = 0.3  # of harmless prompts over LONG characters, drawn anew for each epoch
+    long_share: float = 0.25  # of harmless prompts over LONG characters, drawn anew for each epoch
     near_share: float = 0.05  # of hard negatives: more of them teach that what is unlike the training data is safe
 
 
@@ -47,9 +47,9 @@ def fold_name(fold: Fold | None) -> str:
 
 
 def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, mix: Mix) -> int:
-    """Trains a classifier on what `found` leaves it and writes its n-grams to `ngrams.npz` and its states (probed,
-    tuned) to `states.pt` in `folder`, unless they are there. Returns the seconds that it took, then or now."""
-    file, log = folder / "states.pt", folder / "log.json"
+    """Trains a classifier on what `found` leaves it and writes its n-grams to `ngrams.npz` and its state to
+    `state.pt` in `folder`, unless they are there. Returns the seconds that it took, then or now."""
+    file, log = folder / "state.pt", folder / "log.json"
     if file.is_file():
         return int(json.loads(log.read_text(encoding="utf-8"))["seconds"])
     began = time.monotonic()
@@ -60,8 +60,8 @@ def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, reci
     print(f"{name}: {len(found.train)} prompts, {len(found.templates)} templates", file=sys.stderr)
     epochs = _epochs(found, encoding, recipe, mix)
     ngrams.fitted(epochs(0), recipe.seed).write(folder / "ngrams.npz")
-    probed = train(encoder, epochs, recipe)
-    torch.save((probed, encoder.state_dict()), file.with_suffix(".part"))
+    train(encoder, epochs, recipe)
+    torch.save(encoder.state_dict(), file.with_suffix(".part"))
     seconds = round(time.monotonic() - began)
     log.write_text(json.dumps({"seconds": seconds, "prompts": len(found.train)}) + "\n", encoding="utf-8")
     file.with_suffix(".part").replace(file)
@@ -69,10 +69,10 @@ def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, reci
 
 
 def judged(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe) -> list[Scored]:
-    """The classifier of `trained` at the recipe's blend, written to `folder` with a card that scales nothing and lets
+    """The classifier of `trained`, written to `folder` with a card that scales nothing and lets
     nothing pass, and what it says of the sets that it did not see."""
     encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers, recipe.early)
-    encoder.load_state_dict(blended(*torch.load(folder / "states.pt"), recipe.blend))
+    encoder.load_state_dict(torch.load(folder / "state.pt"))
     write_model(encoder, encoder_folder / "tokenizer.json", folder)
     write_card(folder, UNCALIBRATED, recipe)
     guard = Guard(folder=folder)
@@ -98,6 +98,7 @@ def write_card(folder: Path, found: Calibration, recipe: Recipe, **more: object)
             "jailbreak": -math.inf if found.passing == -math.inf else 0.0,
             "sentence": recipe.sentence_passing,
         },
+        "sentence_handicap": recipe.sentence_handicap,
         "window_tokens": WINDOW,
         "overlap_tokens": OVERLAP,
         **more,

@@ -36,8 +36,8 @@ def split(
     reading did not share are measured, not trained on.
 
     Sets: `direct` (harmful sources left out), `jailbreak` (these in templates of sources left out), `wrapped` (harmless
-    questions in them), `benign` (benign sources left out, as many of each), `hard_negative` (NEAR_MISSES among them),
-    and `in_distribution` (of the sources trained on).
+    questions in them), `benign` (benign sources left out, as many of each), `hard_negative` (those left out, and
+    NEAR_MISSES left out), and `in_distribution` (of the sources trained on).
     """
     chance = random.Random(seed)
     out = fold or Fold(frozenset(), frozenset(), frozenset())
@@ -57,7 +57,6 @@ def split(
                 filled = (_filled(name, chance.choice(wrappers), chance.choice(questions)) for _ in range(_FILLED))
                 sets[name] = list(filled)
     near = [prompt for prompt in benign if prompt.kind == "hard_negative" or prompt.source in NEAR_MISSES]
-    near += [prompt for prompt in inside if prompt.kind == "hard_negative"]
     sets["hard_negative"] = _some(near, most, chance)
     sets["benign"] = _evenly(
         [prompt for prompt in benign if prompt.kind == "benign" and prompt.source not in NEAR_MISSES], most, chance

@@ -9,20 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from guard_model.encoder import Encoder
-from guard_model.encoding import OUTPUTS, Window
+from guard_model.encoding import Window
 from guards.card import Weights
 from guards.categories import CATEGORIES
 
-State = dict[str, torch.Tensor]
-
-
-_WEIGHTS = Weights(early=1.0, late=1.0, ngrams=1.0)
+_WEIGHTS = Weights(early=0.5, late=1.0, ngrams=1.0)
 _FOREIGN_WEIGHTS = Weights(early=0.0, late=0.3, ngrams=3.0)  # the encoder's words are English
 
 
@@ -31,14 +26,14 @@ class Recipe:
     """How an encoder is trained."""
 
     layers: int = 6  # of the pretrained ones, the first
-    early: int = 2  # of them before the early head
-    frozen: int = 4  # of them, with the embeddings, that stay as they were pretrained
+    early: int = 1  # of them before the early head
+    frozen: int = 2  # of them, with the embeddings, that stay as they were pretrained
     probe_rate: float = 1e-3
-    probe_epochs: float = 0.25  # of the head alone, before: what was pretrained is bent less (Kumar et al. 2022)
+    probe_epochs: float = 0.15  # of the head alone, before: what was pretrained is bent less (Kumar et al. 2022)
     rate: float = 1e-4  # of what was pretrained
     head_rate: float = 5e-4
-    epochs: float = 0.7
-    batch_tokens: int = 3072
+    epochs: float = 1.2
+    batch_tokens: int = 1536
     warmup: float = 0.06  # share of all steps
     decay: float = 0.01
     jailbreak_weight: float = 0.3  # of its loss; that of `unsafe` is 1
@@ -46,7 +41,7 @@ class Recipe:
     weights: Weights = _WEIGHTS
     foreign_weights: Weights = _FOREIGN_WEIGHTS
     sentence_passing: float = -2.0  # n-grams' logit under which sentences are not judged by themselves
-    blend: float = 1.0  # of the tuned weights with the probed ones: see `blended`
+    sentence_handicap: float = 2.5  # off the logit of those that are
     seed: int = 0
 
 
@@ -80,9 +75,8 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | 
     return ids, seen
 
 
-def train(encoder: Encoder, epoch_windows: Callable[[int], Sequence[Window]], recipe: Recipe) -> State:
-    """Trains in place: the head, then all of it. `epoch_windows`: the windows of an epoch, drawn anew for each.
-    Returns the state between the two, for `blended`."""
+def train(encoder: Encoder, epoch_windows: Callable[[int], Sequence[Window]], recipe: Recipe) -> None:
+    """Trains in place: the heads, then layers too. `epoch_windows`: the windows of an epoch, drawn anew for each."""
     torch.manual_seed(recipe.seed)
     head = [parameter for name, parameter in encoder.named_parameters() if "head." in name]
     body = [parameter for layer in encoder.layers[recipe.frozen :] for parameter in layer.parameters()]
@@ -92,18 +86,10 @@ def train(encoder: Encoder, epoch_windows: Callable[[int], Sequence[Window]], re
     for parameter in head:
         parameter.requires_grad = True
     _train(encoder, _plan(epoch_windows, recipe.probe_epochs, recipe), [(head, recipe.probe_rate)], recipe)
-    probed = {name: value.clone() for name, value in encoder.state_dict().items()}
     for parameter in body:
         parameter.requires_grad = True
     plan = _plan(epoch_windows, recipe.epochs, recipe)
     _train(encoder, plan, [(head, recipe.head_rate), (body, recipe.rate)], recipe)
-    return probed
-
-
-def blended(probed: State, tuned: State, share: float) -> State:
-    """Weights between those of the probed head on the pretrained body and the tuned ones: what is far from the training
-    data is judged better for it (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models")."""
-    return {name: (1.0 - share) * probed[name] + share * value for name, value in tuned.items()}
 
 
 def _train(
@@ -149,19 +135,3 @@ def _plan(epoch_windows: Callable[[int], Sequence[Window]], epochs: float, recip
         found = batches(epoch_windows(epoch), recipe.batch_tokens, chance)
         plan += found if epoch < whole else found[: int(rest * len(found))]
     return plan
-
-
-def scores(encoder: Encoder, rows: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> npt.NDArray[np.float32]:
-    """Early and late logits of windows of token ids, (2, rows, outputs)."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    found = np.zeros((2, len(rows), len(OUTPUTS)), dtype=np.float32)
-    begin = 0
-    with torch.inference_mode():
-        while begin < len(order):
-            end = begin + 1
-            while end < len(order) and (end + 1 - begin) * len(rows[order[end]]) <= batch_tokens:
-                end += 1
-            picked = order[begin:end]
-            found[:, picked] = torch.stack(encoder(*padded([rows[index] for index in picked]))).numpy()
-            begin = end
-    return found
