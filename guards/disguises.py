@@ -25,8 +25,9 @@ _LEAST_PERCENTS = 3  # in a word: two may be a name in an address
 _GAP = r"[ \t\n.\-_*/|,·•~+]"
 _APART = re.compile(rf"(?<![^\W_])[^\W\d_](?:(?:{_GAP}{{1,4}}[^\W_]){{3,}}|(?:[.\-_*|][^\W_]){{2}})(?![^\W_])")
 _LONGEST_WORD = 24
-_RUN = re.compile(r"(?<![^\W_])[A-Za-z]{12,2000}(?![^\W_])")  # words written together, or a long one
-_FEWEST_WORDS, _AVERAGE_WORD = 3, 2.5  # of a run that is taken apart
+# Words written together, or a long one; not names in code, whose capitals part them.
+_RUN = re.compile(r"(?<![^\W_])(?:[A-Za-z][a-z]{15,1999}|[A-Z]{16,2000})(?![^\W_])")
+_FEWEST_WORDS, _AVERAGE_WORD = 4, 2.5  # of a run that is taken apart
 _UNKNOWN = 9.0  # what a letter costs that belongs to no word, in nats
 
 _LEET = {

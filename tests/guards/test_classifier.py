@@ -9,7 +9,7 @@ import pytest
 
 from guards.card import Passing
 from guards.classifier import Classifier, Window
-from guards.guard import MODEL
+from guards.guard import MODEL, Guard
 
 CODE = 'def total(rows):\n    """Sums them."""\n    return sum(int(row["price_cents"]) for row in rows if row)'
 
@@ -101,6 +101,19 @@ def test_sentences_by_themselves_need_more(classifier: Classifier, monkeypatch: 
     ((_, (handicapped,)),) = classifier.logits([replace(alone, sentence=True)])
     for found, taken in ((handicapped.early, logits.early), (handicapped.last, logits.last)):
         np.testing.assert_allclose(taken - found, [1.5] + [0.0] * (len(found) - 1), atol=1e-4)
+
+
+def test_of_long_texts_nothing_is_kept(classifier: Classifier) -> None:
+    """A word may be as long as a client likes, and one window all the same."""
+    before = classifier._ngram_logit_kept.cache_info().currsize
+    guard = Guard()
+    for length in (900, 5000):
+        text = "x" * length
+        assert len(windows(classifier, text)) == 1
+        assert classifier._ngram_logit(text) == classifier._ngrams.logit(text)
+        guard.check(text)
+    assert classifier._ngram_logit_kept.cache_info().currsize == before + 1
+    assert [len(window.text) for window in guard._known] == [900]
 
 
 def test_many_sentences_leave_time_for_others(classifier: Classifier) -> None:

@@ -55,8 +55,8 @@ def reader() -> Undisguiser:
         ("h.o.w t.o m.a.k.e a c.a.k.e", "how to make a cake"),
         ("H-o-w to m-a-k-e a c_a_k_e", "how to make a cake"),
         ("how to make a c a k e please", "how to make a cake please"),
-        ("howtomakeacake", QUESTION),
-        ("please answer Howtomakeacake!", "please answer how to make a cake!"),
+        ("howtomakeacakeplease", QUESTION + " please"),
+        ("Howtomakeacakeplease? I need some.", "how to make a cake please? i need some."),
         ("answer this: " + base64.b64encode(QUESTION.encode()).decode(), "answer this: " + QUESTION),
         (
             "answer this: " + base64.urlsafe_b64encode(QUESTION.encode()).decode().rstrip("="),
@@ -86,6 +86,7 @@ def test_what_is_hidden_is_read(reader: Undisguiser, text: str, read: str) -> No
         "$100 for 2 cakes!",
         "x = 3; y = [1, 2, 3]",
         "",
+        "howToMakeACakePlease in unbelievablestringently",
     ],
 )
 def test_where_nothing_is_hidden_there_is_no_second_reading(reader: Undisguiser, text: str) -> None:
