@@ -57,7 +57,7 @@ class Card:
     scales: Mapping[str, Scale]  # by output
     thresholds: Mapping[str, float]  # by level, on the probability of `unsafe`
     jailbreak_threshold: float
-    foreign_handicap: float  # taken off the log-odds of windows that are not English: they are read badly
+    foreign: Scale  # of the log-odds of `unsafe` of windows that are not English: they are read badly
     weights: Weights
     foreign_weights: Weights  # in windows that are not English
     passing: Passing
@@ -85,7 +85,7 @@ def read_card(file: Path) -> Card:
             scales={name: Scale(**scale) for name, scale in data["scales"].items()},
             thresholds={level: float(data["thresholds"][level]) for level in LEVELS},
             jailbreak_threshold=float(data["jailbreak_threshold"]),
-            foreign_handicap=float(data["foreign_handicap"]),
+            foreign=Scale(**_floats(data["foreign"])),
             weights=Weights(**_floats(data["weights"])),
             foreign_weights=Weights(**_floats(data["foreign_weights"])),
             passing=Passing(**_floats(data["passing"])),

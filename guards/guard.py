@@ -138,14 +138,17 @@ class Guard:
 
     def _weigh(self, highest: _Highest, window: Window, logits: Logits, part: Part, undisguised: bool) -> None:
         scales = self.card.scales
-        handicap = part.handicap + (self.card.foreign_handicap if window.foreign else 0.0)
-        unsafe = scales["unsafe"].log_odds(float(logits.last[0])) - handicap
-        jailbreak = scales["jailbreak"].log_odds(float(logits.last[1])) - handicap
+        unsafe = self._unsafe(float(logits.last[0]), window) - part.handicap
+        jailbreak = scales["jailbreak"].log_odds(float(logits.last[1])) - part.handicap
         highest.jailbreak = max(highest.jailbreak, jailbreak)
         if unsafe > highest.unsafe:
             highest.unsafe, highest.logits = unsafe, logits
-            early = sigmoid(scales["unsafe"].log_odds(float(logits.early[0])) - handicap)
+            early = sigmoid(self._unsafe(float(logits.early[0]), window) - part.handicap)
             highest.window = DecidingWindow(window.text, part.turn, undisguised, window.foreign, early)
+
+    def _unsafe(self, logit: float, window: Window) -> float:
+        log_odds = self.card.scales["unsafe"].log_odds(logit)
+        return self.card.foreign.log_odds(log_odds) if window.foreign else log_odds
 
     def _verdict(self, highest: _Highest, seconds: float) -> Verdict:
         score, jailbreak = sigmoid(highest.unsafe), sigmoid(highest.jailbreak)

@@ -19,7 +19,8 @@ LEVEL_RATES = {"strict": 0.05, "balanced": 0.01}
 """False positives on harmless development prompts at which each level's threshold is frozen."""
 
 
-_MISSED = 0.005  # of what would be flagged at the strict level, at most so much may pass after the first layers
+_APART = 0.05  # log-odds by which two levels differ at least, for a slope between them
+_MISSED = 0.01  # of what would be flagged at the strict level, at most so much may pass after the first layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +29,23 @@ class Calibration:
 
     scales: dict[str, Scale]
     thresholds: dict[str, float]
-    foreign_handicap: float
+    foreign: Scale
     passing: float
 
 
 def calibrated(rows: Sequence[Scored]) -> Calibration:
-    """By rows that are not handicapped and of which none has passed."""
+    """By rows in which `foreign` changes nothing and of which none has passed."""
     first = _unsafe_scale(rows)
     limit = passing(rows, first.log_odds, thresholds(rows, first)["strict"])
     rows = passed(rows, limit)
     found = scales(rows)
     limits = thresholds(rows, found["unsafe"])
-    return Calibration(found, limits, foreign_handicap(rows, found["unsafe"], limits), limit)
+    return Calibration(found, limits, foreign_scale(rows, found["unsafe"], limits), limit)
 
 
 def as_guarded(rows: Sequence[Scored], found: Calibration) -> list[Scored]:
     """The rows as a guard with that calibration scores them."""
-    return handicapped(passed(rows, found.passing), found.scales["unsafe"], found.foreign_handicap)
+    return foreign_scaled(passed(rows, found.passing), found.scales["unsafe"], found.foreign)
 
 
 def passing(rows: Sequence[Scored], scaled: Callable[[float], float], strict: float) -> float:
@@ -94,18 +95,28 @@ def thresholds(rows: Sequence[Scored], scale: Scale) -> dict[str, float]:
     return {level: scale.probability(threshold_at(benign, rate)) for level, rate in LEVEL_RATES.items()}
 
 
-def foreign_handicap(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> float:
-    """What is taken off the scaled log-odds of other languages, for the balanced level to hold as many of their
-    harmless prompts for unsafe."""
+def foreign_scale(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> Scale:
+    """What makes each level hold as many harmless prompts in other languages for unsafe as in English: the scaled
+    log-odds that so many of them are over become those of the level."""
     benign = [scale.log_odds(row.log_odds) for row in rows if row.set == "benign" and row.foreign]
     if not benign:
-        return 0.0
-    return max(0.0, threshold_at(benign, LEVEL_RATES["balanced"]) - log_odds(limits["balanced"]))
+        return Scale()
+    (strict, theirs_strict), (balanced, theirs) = (
+        (log_odds(limits[level]), threshold_at(benign, LEVEL_RATES[level])) for level in ("strict", "balanced")
+    )
+    if theirs - theirs_strict < _APART:
+        return Scale(1.0, min(0.0, balanced - theirs))
+    slope = (balanced - strict) / (theirs - theirs_strict)
+    return Scale(slope, balanced - slope * theirs)
 
 
-def handicapped(rows: Sequence[Scored], scale: Scale, handicap: float) -> list[Scored]:
-    """The rows as a guard with that handicap scores them."""
-    return [replace(row, log_odds=row.log_odds - handicap / scale.slope) if row.foreign else row for row in rows]
+def foreign_scaled(rows: Sequence[Scored], scale: Scale, foreign: Scale) -> list[Scored]:
+    """The rows as a guard with that scale of other languages scores them."""
+
+    def changed(logit: float) -> float:
+        return (foreign.log_odds(scale.log_odds(logit)) - scale.bias) / scale.slope
+
+    return [replace(row, log_odds=changed(row.log_odds)) if row.foreign else row for row in rows]
 
 
 def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from guard_model.training import Recipe, train
 from guards import Guard
 from guards.card import LEVELS, Scale
 
-UNCALIBRATED = Calibration({name: Scale() for name in OUTPUTS}, dict.fromkeys(LEVELS, 0.5), 0.0, -math.inf)
+UNCALIBRATED = Calibration({name: Scale() for name in OUTPUTS}, dict.fromkeys(LEVELS, 0.5), Scale(), -math.inf)
 
 LONG = 300  # characters: of longer harmless prompts only some are trained on, for they are many and cost the most
 
@@ -90,7 +90,7 @@ def write_card(folder: Path, found: Calibration, recipe: Recipe, **more: object)
         "scales": {name: asdict(scale) for name, scale in found.scales.items()},
         "thresholds": found.thresholds,
         "jailbreak_threshold": 0.5,
-        "foreign_handicap": found.foreign_handicap,
+        "foreign": asdict(found.foreign),
         "weights": asdict(recipe.weights),
         "foreign_weights": asdict(recipe.foreign_weights),
         "passing": {

@@ -40,7 +40,7 @@ class Recipe:
     category_weight: float = 0.3  # of each
     weights: Weights = _WEIGHTS
     foreign_weights: Weights = _FOREIGN_WEIGHTS
-    sentence_passing: float = -2.0  # n-grams' logit under which sentences are not judged by themselves
+    sentence_passing: float = -1.0  # n-grams' logit under which sentences are not judged by themselves
     sentence_handicap: float = 2.5  # off the logit of those that are
     seed: int = 0
 

@@ -57,6 +57,8 @@ def test_files_that_are_missing_or_unsound(folder: Path, name: str, content: byt
         {"weights": {"early": 1.0}},
         {"foreign_weights": None},
         {"passing": {"unsafe": 0.0, "jailbreak": 0.0}},
+        {"foreign": 1.0},
+        {"sentence_handicap": None},
     ],
 )
 def test_cards_that_do_not_fit(folder: Path, changes: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ class FixedClassifier:
             scales=scales,
             thresholds=levels,
             jailbreak_threshold=0.5,
-            foreign_handicap=3.0,
+            foreign=Scale(2.0, -3.0),
             weights=weights,
             foreign_weights=weights,
             passing=Passing(0.0, 0.0, 0.0),
@@ -133,7 +133,7 @@ def test_the_newest_turn_counts_most() -> None:
 
 def test_what_is_read_badly_counts_less() -> None:
     verdict = Guard().check("quel bad")
-    assert verdict.score == pytest.approx(sigmoid(2 - 3))
+    assert verdict.score == pytest.approx(sigmoid(2 * 2 - 3))
     assert verdict.window is not None
     assert verdict.window.foreign
 

@@ -256,7 +256,7 @@ def test_calibration() -> None:
     draw = np.random.default_rng(0)
     rows = [_row("ab"[n % 2], "benign", float(x)) for n, x in enumerate(draw.normal(-2, 1, 4000))]
     rows += [_row("ab"[n % 2], "direct", float(x), unsafe=True) for n, x in enumerate(draw.normal(2, 1, 4000))]
-    rows += [_row("a", "benign", float(x), foreign=True) for x in draw.normal(1, 1, 4000)]
+    rows += [_row("a", "benign", float(x), foreign=True) for x in draw.normal(1, 2, 4000)]
     scale = calibrate.scales(rows)["unsafe"]
     # Two normal distributions four spreads apart: the true log-odds are 4 x.
     assert scale.slope == pytest.approx(4, rel=0.15)
@@ -265,11 +265,15 @@ def test_calibration() -> None:
     benign = [scale.probability(row.log_odds) for row in rows if row.set == "benign" and not row.foreign]
     assert np.mean(np.array(benign) > limits["balanced"]) == pytest.approx(0.01, abs=0.001)
     assert np.mean(np.array(benign) > limits["strict"]) == pytest.approx(0.05, abs=0.001)
-    handicap = calibrate.foreign_handicap(rows, scale, limits)
-    assert handicap == pytest.approx(3 * scale.slope, rel=0.2)  # they score three spreads too high
-    mended = calibrate.handicapped(rows, scale, handicap)
-    foreign = [scale.probability(row.log_odds) for row in mended if row.foreign]
-    assert np.mean(np.array(foreign) > limits["balanced"]) == pytest.approx(0.01, abs=0.001)
+    foreign = calibrate.foreign_scale(rows, scale, limits)
+    assert foreign.slope == pytest.approx(0.5, rel=0.2)  # they score three spreads too high, and twice as wide
+    mended = calibrate.foreign_scaled(rows, scale, foreign)
+    probabilities = np.array([scale.probability(row.log_odds) for row in mended if row.foreign])
+    assert np.mean(probabilities > limits["balanced"]) == pytest.approx(0.01, abs=0.001)
+    assert np.mean(probabilities > limits["strict"]) == pytest.approx(0.05, abs=0.001)
+    alike = [replace(row, log_odds=3.0) if row.foreign else row for row in rows]
+    assert calibrate.foreign_scale(alike, scale, limits).slope == 1.0
+    assert calibrate.foreign_scale([row for row in rows if not row.foreign], scale, limits) == Scale()
     report = calibrate.report(mended, scale, limits)
     assert report["calibration_error"] < 0.02
     one_fold = [row for row in mended if row.fold == "a"]
@@ -309,7 +313,7 @@ def test_what_passes_after_the_first_layers() -> None:
         rows.append(replace(row, early=late / 2 + float(draw.normal(0, 1))))
     found = calibrate.calibrated(rows)
     flagged = [row for row in rows if row.unsafe and found.scales["unsafe"].probability(row.log_odds) > 0.5]
-    assert np.mean([row.early < found.passing for row in flagged]) == pytest.approx(0.005, abs=0.002)
+    assert np.mean([row.early < found.passing for row in flagged]) == pytest.approx(0.01, abs=0.002)
     harmless = [row for row in rows if not row.unsafe]
     assert np.mean([row.early < found.passing for row in harmless]) > 0.5
     guarded = calibrate.as_guarded(rows, found)
