@@ -7,7 +7,7 @@ plainly harmless go through the other layers.
 from __future__ import annotations
 
 import bisect
-import functools
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,8 @@ class Classifier:
     def __init__(self, folder: Path) -> None:
         """Raises GuardModelError."""
         self.card: Card = read_card(folder / "card.json")
-        # Asked about a sentence twice, and again each time that a conversation goes on.
         self._ngrams = Ngrams.read(folder / "ngrams.npz")
-        self._ngram_logit_kept = functools.lru_cache(maxsize=_REMEMBERED)(self._ngrams.logit)
+        self._ngram_logits_known: OrderedDict[str, float] = OrderedDict()
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._first, self._rest = (_session(folder / name) for name in ("first.onnx", "rest.onnx"))
@@ -93,8 +92,19 @@ class Classifier:
             goes_on[number] = entry.startswith("##")
         return begins, strange, goes_on
 
-    def _ngram_logit(self, text: str) -> float:
-        return (self._ngram_logit_kept if len(text) <= _LONG else self._ngrams.logit)(text)
+    def _ngram_logits(self, texts: Sequence[str]) -> list[float]:
+        """Those of sentences are asked for twice, and again each time that a conversation goes on."""
+        known = self._ngram_logits_known
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        found = dict(zip(new, self._ngrams.logits(new), strict=True))
+        found |= {text: known[text] for text in texts if text in known}
+        for text in found:
+            if len(text) <= _LONG:
+                known[text] = found[text]
+                known.move_to_end(text)
+        while len(known) > _REMEMBERED:
+            known.popitem(last=False)
+        return [found[text] for text in texts]
 
     def _is_foreign(self, ids: Sequence[int]) -> bool:
         """Whether many words are strange or in pieces. A rare word or two make no English question foreign."""
@@ -127,13 +137,17 @@ class Classifier:
         if len(places) == 1:
             return
         starts = [begin for begin, _ in offsets]
-        for number, place in enumerate(places, 1):
-            begin, end = (bisect.bisect_left(starts, character) for character in place)
-            if _SHORTEST <= end - begin <= size:
-                window = self._window(text, ids, offsets, begin, end, sentence=True)
-                if self._ngram_logit(window.text) > self.card.passing.sentence:
-                    yield window
-            if number % _SENTENCES == 0:
+        for first in range(0, len(places), _SENTENCES):
+            found = []
+            for place in places[first : first + _SENTENCES]:
+                begin, end = (bisect.bisect_left(starts, character) for character in place)
+                if _SHORTEST <= end - begin <= size:
+                    found.append(self._window(text, ids, offsets, begin, end, sentence=True))
+            logits = self._ngram_logits([window.text for window in found])
+            yield from (
+                window for window, logit in zip(found, logits, strict=True) if logit > self.card.passing.sentence
+            )
+            if first + _SENTENCES <= len(places):
                 yield None
 
     def _window(
@@ -166,7 +180,7 @@ class Classifier:
         states, early = self._first.run(None, {"ids": ids})
         weights = [self.card.foreign_weights if window.foreign else self.card.weights for window in batch]
         of_early, of_late, of_ngrams = np.array([(each.early, each.late, each.ngrams) for each in weights]).T
-        ngrams = of_ngrams * [self._ngram_logit(window.text) for window in batch]
+        ngrams = of_ngrams * self._ngram_logits([window.text for window in batch])
         ngrams -= [self.card.sentence_handicap if window.sentence else 0.0 for window in batch]
         unsafe = early[:, 0].copy()
         early[:, 0] = (of_early + of_late) * unsafe + ngrams  # as if all layers said the same

@@ -7,6 +7,7 @@ vocabulary is English, so that of other languages the n-grams see more.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,16 @@ class Ngrams:
         """Half precision, compressed."""
         np.savez_compressed(file, rarity=self.rarity, weights=self.weights, bias=np.float32(self.bias))
 
-    def logit(self, text: str) -> float:
-        """Of a window: the highest of the whole and of stretches of SPAN characters. Of a text of which nothing is
-        known, the bias."""
-        text = text.lower()  # which may be longer
-        length = len(text) + 2
-        begins = np.arange(0, max(1, length - _LEAST), SPAN // 2)
-        ends = np.minimum(begins + SPAN, length)
-        begins, ends = np.append(begins, 0), np.append(ends, length)
+    def logits(self, texts: Sequence[str]) -> list[float]:
+        """Of windows, each: the highest of the whole and of stretches of SPAN characters. Of a text of which nothing is
+        known, the bias. Texts are computed together, for many are short."""
+        if not texts:
+            return []
+        texts = [text.lower() for text in texts]  # which may be longer
+        begins, ends, firsts = _stretches([len(text) for text in texts])
         tops, squares = np.zeros((2, len(begins)))
-        for size, features in zip(SIZES, hashed(text), strict=True):
+        # With one space between two texts and one more at their ends, n-grams over the border are in no stretch.
+        for size, features in zip(SIZES, hashed("  ".join(texts)), strict=True):
             rarity = self.rarity[features].astype(np.float64)
             top = np.concatenate([[0.0], np.cumsum(rarity * self.weights[features])])
             square = np.concatenate([[0.0], np.cumsum(rarity**2)])
@@ -82,4 +83,22 @@ class Ngrams:
             first = np.minimum(begins, last)
             tops += top[last] - top[first]
             squares += square[last] - square[first]
-        return self.bias + float((tops / np.sqrt(np.maximum(squares, 1e-9))).max())
+        found = np.maximum.reduceat(tops / np.sqrt(np.maximum(squares, 1e-9)), firsts)
+        return [self.bias + value for value in found.tolist()]
+
+
+def _stretches(lengths: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
+    """Of texts that lie one after the other, each with a space before and after: where their stretches begin and end,
+    and the place of each text's first stretch among them."""
+    begins, ends, firsts = [], [], []
+    offset = number = 0
+    for characters in lengths:
+        length = characters + 2
+        inside = np.append(np.arange(0, max(1, length - _LEAST), SPAN // 2), 0)
+        until = np.append(np.minimum(inside[:-1] + SPAN, length), length)
+        begins.append(inside + offset)
+        ends.append(until + offset)
+        firsts.append(number)
+        offset += length
+        number += len(inside)
+    return np.concatenate(begins), np.concatenate(ends), firsts

@@ -105,14 +105,14 @@ def test_sentences_by_themselves_need_more(classifier: Classifier, monkeypatch: 
 
 def test_of_long_texts_nothing_is_kept(classifier: Classifier) -> None:
     """A word may be as long as a client likes, and one window all the same."""
-    before = classifier._ngram_logit_kept.cache_info().currsize
+    before = len(classifier._ngram_logits_known)
     guard = Guard()
     for length in (900, 5000):
         text = "x" * length
         assert len(windows(classifier, text)) == 1
-        assert classifier._ngram_logit(text) == classifier._ngrams.logit(text)
+        assert classifier._ngram_logits([text, text]) == classifier._ngrams.logits([text, text])
         guard.check(text)
-    assert classifier._ngram_logit_kept.cache_info().currsize == before + 1
+    assert len(classifier._ngram_logits_known) == before + 1
     assert [len(window.text) for window in guard._known] == [900]
 
 

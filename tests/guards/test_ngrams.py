@@ -28,6 +28,11 @@ def ngrams() -> Ngrams:
     return Ngrams(draw.exponential(2, 1 << BITS), draw.normal(0, 1, 1 << BITS), -1.0)
 
 
+def _whole(ngrams: Ngrams, text: str) -> float:
+    (found,) = ngrams.logits([text])
+    return found
+
+
 def _logit(ngrams: Ngrams, padded: str) -> float:
     """Of one stretch, n-gram by n-gram."""
     features = [
@@ -43,19 +48,25 @@ def test_the_highest_stretch_counts(ngrams: Ngrams, length: int) -> None:
     padded = f" {text} "
     begins = [begin for begin in range(0, len(padded), SPAN // 2) if len(padded) - begin > 120]
     stretches = [padded, *(padded[begin : begin + SPAN] for begin in begins)]
-    assert ngrams.logit(text) == pytest.approx(max(_logit(ngrams, stretch) for stretch in stretches), rel=1e-3)
+    assert _whole(ngrams, text) == pytest.approx(max(_logit(ngrams, stretch) for stretch in stretches), rel=1e-3)
 
 
 def test_of_what_is_not_known_the_bias_is_left() -> None:
     nothing = np.zeros(1 << BITS)
-    assert Ngrams(nothing, nothing + 1, -1.5).logit("anything at all") == -1.5
-    assert Ngrams(nothing, nothing + 1, -1.5).logit("") == -1.5
+    assert Ngrams(nothing, nothing + 1, -1.5).logits(["anything at all"]) == [-1.5]
+    assert Ngrams(nothing, nothing + 1, -1.5).logits([""]) == [-1.5]
+
+
+def test_texts_together_are_as_each_by_itself(ngrams: Ngrams) -> None:
+    texts = ["some words", "", "x" * 300, " and more of them" * 20, "some words", "é"]
+    assert ngrams.logits(texts) == pytest.approx([_whole(ngrams, text) for text in texts], abs=1e-9)
+    assert ngrams.logits([]) == []
 
 
 def test_letters_that_small_ones_are_longer_than_hide_nothing(ngrams: Ngrams) -> None:
     assert len("\u0130".lower()) == 2
     text = "\u0130" * 30 + " and so on, to the end" * 6
-    assert ngrams.logit(text) == ngrams.logit(text.lower())
+    assert _whole(ngrams, text) == _whole(ngrams, text.lower())
 
 
 def test_surroundings_do_not_thin_out() -> None:
@@ -64,7 +75,7 @@ def test_surroundings_do_not_thin_out() -> None:
     weights = np.zeros(1 << BITS)
     weights[np.concatenate(hashed(request))] = 1.0
     found = Ngrams(np.ones(1 << BITS), weights, 0.0)
-    alone, among = found.logit(request), found.logit(filler + request + filler)
+    alone, among = _whole(found, request), _whole(found, filler + request + filler)
     whole = _logit(found, f" {filler + request + filler} ")
     assert whole < 0.5 * alone
     assert 0.7 * alone < among <= 1.2 * alone

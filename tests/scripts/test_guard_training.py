@@ -338,7 +338,7 @@ def test_ngrams_are_fitted(folder: Path) -> None:
     # Of a harmless question in a jailbreak nobody says that it is harmless: nothing is learned from it.
     examples += [wrapped(prompt, template) for prompt in prompts if not prompt.unsafe]
     found = ngrams.fitted(encoding.training_windows(examples, random.Random(0)), seed=0)
-    bad, good, unknown = (found.logit(text) for text in ("w3 bomb w2", "w3 bread w2", "zz yy"))
+    bad, good, unknown = found.logits(["w3 bomb w2", "w3 bread w2", "zz yy"])
     assert bad > 1
     assert good < -1
     assert good < unknown < bad
