@@ -148,7 +148,9 @@ def report(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> di
             if by_set.get(positive) and by_set.get(negative):
                 found[f"auc_{positive}_{negative}"] = round(auc(by_set[positive], by_set[negative]), 4)
     found["calibration_error"] = _honest_calibration_error(rows)
-    found["calibration_error_agreed"] = _honest_calibration_error([row for row in rows if row.agreed])
+    agreed = [row for row in rows if row.agreed]
+    found["calibration_error_agreed"] = _honest_calibration_error(agreed)
+    found["calibration_error_agreed_english"] = _honest_calibration_error([row for row in agreed if not row.foreign])
     return found
 
 
