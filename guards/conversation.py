@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from guards.text import UNPARTED
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 EARLIER_TURN = 1.5
@@ -18,7 +20,7 @@ EARLIER_ANSWER = 3.0
 _INSTRUCTIONS = ("system", "developer")  # the operator's, not the user's
 _JOINED = 3  # the latest turns of the user that are also read as one text: a request may be spread over them
 _SHORT = 6  # words of a turn that may mean "answer it after all" and nothing else
-_UNPARTED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_UNPARTED = re.compile(f"[{UNPARTED}]")
 
 
 @dataclass(frozen=True, slots=True)

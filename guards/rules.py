@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 
 from guards.errors import RuleError
-from guards.text import clean
+from guards.text import UNPARTED, clean
 
 _REGEX = "re:"
 # What may be at the edge of a word, in scripts that part words.
-_WORD = re.compile(r"[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_WORD = re.compile(rf"[^\W_{UNPARTED}]")
 
 
 class Rule:

@@ -25,6 +25,9 @@ _HEAP = re.compile(
     r"[^\W\d_][\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff]+"
 )  # after composition: more marks on a letter than any one letter has
 _MOSTLY = 0.5
+UNPARTED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Of a character class: Thai, Lao, Burmese, Khmer, Japanese, Chinese, which put no space between words."""
+
 _MOST_MARKS = 8  # on one character: normalising takes the square of how many there are
 
 
