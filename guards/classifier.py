@@ -7,10 +7,10 @@ plainly harmless go through the other layers.
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from guards.card import Card, read_card
 from guards.errors import GuardModelError
 from guards.ngrams import Ngrams
+from guards.recent import Recent
 from guards.windows import sentences, windows
 
 Outputs = npt.NDArray[np.float32]
@@ -28,7 +29,6 @@ _FOREIGN = 0.3  # of a window's words: 1 in 100 English prompts has more in piec
 _DOUBT = 2.0  # whole words that a window is credited with
 _UNKNOWN = "[UNK]"
 _REMEMBERED = 8192  # texts whose n-grams' logit is kept
-_LONG = 1000  # characters of a text that is not kept: a window has fewer, but for words that nobody writes
 _SENTENCES = 100  # that are looked at in one go
 _SHORTEST = 4  # tokens of a sentence that is judged by itself
 _BATCH = 4  # windows computed together: more are not faster on one core, and the first verdicts would wait for them
@@ -67,7 +67,7 @@ class Classifier:
         """Raises GuardModelError."""
         self.card: Card = read_card(folder / "card.json")
         self._ngrams = Ngrams.read(folder / "ngrams.npz")
-        self._ngram_logits_known: OrderedDict[str, float] = OrderedDict()
+        self._known: Recent[str, float] = Recent(_REMEMBERED)
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._first, self._rest = (_session(folder / name) for name in ("first.onnx", "rest.onnx"))
@@ -94,17 +94,12 @@ class Classifier:
 
     def _ngram_logits(self, texts: Sequence[str]) -> list[float]:
         """Those of sentences are asked for twice, and again each time that a conversation goes on."""
-        known = self._ngram_logits_known
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        found = dict(zip(new, self._ngrams.logits(new), strict=True))
-        found |= {text: known[text] for text in texts if text in known}
-        for text in found:
-            if len(text) <= _LONG:
-                known[text] = found[text]
-                known.move_to_end(text)
-        while len(known) > _REMEMBERED:
-            known.popitem(last=False)
-        return [found[text] for text in texts]
+        found = {text: self._known.get(text) for text in texts}
+        new = [text for text, logit in found.items() if logit is None]
+        for text, logit in zip(new, self._ngrams.logits(new), strict=True):
+            found[text] = logit
+            self._known.keep(text, logit, text)
+        return [cast(float, found[text]) for text in texts]
 
     def _is_foreign(self, ids: Sequence[int]) -> bool:
         """Whether many words are strange or in pieces. A rare word or two make no English question foreign."""

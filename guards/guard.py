@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from guards.categories import CATEGORIES
 from guards.classifier import Classifier, Logits, Window
 from guards.conversation import Part, Turn, parts
 from guards.disguises import Undisguiser
+from guards.recent import Recent
 from guards.rules import Rules
 from guards.text import clean, collapsed, visible
 from guards.verdict import DecidingWindow, Verdict
@@ -25,7 +25,6 @@ MODEL = Path(__file__).parent / "model"
 
 _TOGETHER = 32  # windows that are handed to the classifier at once
 _REMEMBERED = 4096  # windows whose logits are kept: a conversation that goes on is mostly what it was
-_LONG = 1000  # characters of a window that is not kept
 
 
 @dataclass(slots=True)
@@ -65,7 +64,7 @@ class Guard:
             self.threshold = float(level)
         self._rules = rules or Rules()
         self._undisguiser = Undisguiser(self._classifier.words())
-        self._known: OrderedDict[Window, Logits] = OrderedDict()
+        self._known: Recent[Window, Logits] = Recent(_REMEMBERED)
 
     def check(self, text: str) -> Verdict:
         """A text by itself, as a user would say it."""
@@ -119,7 +118,6 @@ class Guard:
             if known is None:
                 unknown.append(window)
             else:
-                self._known.move_to_end(window)
                 yield window, known
             if len(unknown) == _TOGETHER:
                 yield from self._computed(unknown)
@@ -129,11 +127,8 @@ class Guard:
     def _computed(self, unknown: Sequence[Window]) -> Iterator[tuple[Window, Logits] | None]:
         for batch, rows in self._classifier.logits(unknown):
             for window, logits in zip(batch, rows, strict=True):
-                if len(window.text) <= _LONG:
-                    self._known[window] = logits
+                self._known.keep(window, logits, window.text)
                 yield window, logits
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
             yield None
 
     def _weigh(self, highest: _Highest, window: Window, logits: Logits, part: Part, undisguised: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from guards.card import Passing
 from guards.classifier import Classifier, Window
-from guards.guard import MODEL, Guard
+from guards.guard import MODEL
 
 CODE = 'def total(rows):\n    """Sums them."""\n    return sum(int(row["price_cents"]) for row in rows if row)'
 
@@ -103,17 +104,18 @@ def test_sentences_by_themselves_need_more(classifier: Classifier, monkeypatch: 
         np.testing.assert_allclose(taken - found, [1.5] + [0.0] * (len(found) - 1), atol=1e-4)
 
 
-def test_of_long_texts_nothing_is_kept(classifier: Classifier) -> None:
-    """A word may be as long as a client likes, and one window all the same."""
-    before = len(classifier._ngram_logits_known)
-    guard = Guard()
-    for length in (900, 5000):
-        text = "x" * length
-        assert len(windows(classifier, text)) == 1
-        assert classifier._ngram_logits([text, text]) == classifier._ngrams.logits([text, text])
-        guard.check(text)
-    assert len(classifier._ngram_logits_known) == before + 1
-    assert [len(window.text) for window in guard._known] == [900]
+def test_the_ngrams_of_a_text_are_looked_up_once(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def logits(texts: Sequence[str]) -> list[float]:
+        asked.extend(texts)
+        return [float(number) for number in range(len(texts))]
+
+    monkeypatch.setattr(classifier._ngrams, "logits", logits)
+    assert classifier._ngram_logits(["one more", "another", "one more"]) == [0.0, 1.0, 0.0]
+    assert classifier._ngram_logits(["another", "a third", "x" * 5000]) == [1.0, 0.0, 1.0]
+    assert classifier._ngram_logits(["x" * 5000, "a third"]) == [0.0, 0.0]  # a long one is not kept
+    assert asked == ["one more", "another", "a third", "x" * 5000, "x" * 5000]
 
 
 def test_many_sentences_leave_time_for_others(classifier: Classifier) -> None:
