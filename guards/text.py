@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
-from collections.abc import Iterable
 
 # Letters drawn like Latin ones, each before the letter that it looks like (after Unicode Technical Standard 39,
 # "confusables"). Fullwidth, mathematical, circled and superscript letters need none: NFKC takes them back.
@@ -31,19 +31,6 @@ UNPARTED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _MOST_MARKS = 8  # on one character: normalising takes the square of how many there are
 
 
-def _ranges(codes: Iterable[int]) -> str:
-    """For a character class of a regular expression."""
-    found: list[list[int]] = []
-    for code in codes:
-        if found and found[-1][1] == code - 1:
-            found[-1][1] = code
-        else:
-            found.append([code, code])
-    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in found)
-
-
-_MARK = _ranges(code for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code)))
-_MANY_MARKS = re.compile(f"([{_MARK}]{{{_MOST_MARKS}}})[{_MARK}]+")
 # Printable by Unicode's categories, and yet nothing to be seen: variation selectors, fillers, an empty Braille cell.
 _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
@@ -53,7 +40,7 @@ def visible(text: str) -> str:
     widths, directions, tags), private use, blanks that count as letters or marks, heaps of combining marks. White space
     stays as it is."""
     if not text.isascii():
-        text = _MANY_MARKS.sub(r"\1", _BLANK.sub("", text.translate(_BLOCK_LETTERS)))
+        text = _many_marks().sub(r"\1", _BLANK.sub("", text.translate(_BLOCK_LETTERS)))
         text = unicodedata.normalize("NFKC", text)
         text = _HEAP.sub(_bare, _OVERLAYS.sub("", text))
     return "".join(char for char in text if char.isspace() or char.isprintable())
@@ -89,6 +76,13 @@ def clean(text: str) -> str:
 def collapsed(seen: str) -> str:
     """`clean` of a text that is `visible` already."""
     return " ".join(latinised(seen).split())
+
+
+@functools.cache
+def _many_marks() -> re.Pattern[str]:
+    """More than _MOST_MARKS combining marks in a row; the first _MOST_MARKS of them are group 1."""
+    marks = "".join(chr(code) for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code)))
+    return re.compile(f"([{marks}]{{{_MOST_MARKS}}})[{marks}]+")
 
 
 def _bare(heap: re.Match[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guards import Turn
-from serving.guarding import REFUSAL
+from serving.refusals import is_refusal
 from serving.wire.messages import AssistantMessage, Message, UserMessage, text_of
 
 _SHORT_CHARS = 1 << 16
@@ -21,7 +21,7 @@ def without_refused(messages: Sequence[Message]) -> list[Message]:
     on about something else, and nobody can insist: neither guard nor model reads it again."""
     kept: list[Message] = []
     for message, more in zip(messages, [*messages[1:], None], strict=True):
-        if more is not None and isinstance(message, AssistantMessage) and _text(message).strip() == REFUSAL:
+        if more is not None and isinstance(message, AssistantMessage) and is_refusal(_text(message)):
             while kept and isinstance(kept[-1], UserMessage):
                 kept.pop()
         else:

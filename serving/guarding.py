@@ -18,9 +18,6 @@ from serving.guard_metrics import GuardMetrics
 
 _log = logging.getLogger(__name__)
 
-REFUSAL = "I can't help with that request."
-"""What is said instead of an answer."""
-
 Judged = Verdict | None
 """What became of a judging; None: the guard failed, and its error is in the log."""
 

@@ -10,6 +10,7 @@ from edgellm.config import GuardMode, GuardOnError
 from guards import Turn
 from serving.guard_metrics import Action
 from serving.guarding import Guarding, Judged, let_go
+from serving.refusals import refusal
 from serving.wire.guard import GuardReport
 
 
@@ -44,6 +45,11 @@ class Screen:
     def has_refused(self) -> bool:
         """The same, without waiting: False as long as there is no verdict."""
         return self._result is not None and self._result.done() and self._refused(self._result.result())
+
+    @property
+    def refusal(self) -> str:
+        """What is said instead of an answer. For a prompt that it has refused."""
+        return refusal(self._result.result() if self._result is not None else None)
 
     async def report(self) -> GuardReport | None:
         """What an answer says in `x_guard`. None: nothing. For the end of an answer: it waits for the verdict."""

@@ -21,7 +21,8 @@ from edgellm.engine.types import AdapterUse, ErrorEvent, Event, FinishEvent, Gen
 from edgellm.errors import ContextLengthError, EdgeLLMError
 from guards import Guard, Turn
 from serving.generation import token_budget
-from serving.guarding import REFUSAL, Judged
+from serving.guarding import Judged
+from serving.refusals import refusal
 from serving.screening import is_refused
 from serving.service import Service
 from serving.wire.sampling import SEEDS, seed32
@@ -97,9 +98,10 @@ class _Conversation:
         self._messages.append({"role": "user", "content": line})
         said: list[str] = []
         try:
-            if self._refuses():
+            refused = self._refusal()
+            if refused is not None:
                 self._messages.pop()  # neither guard nor model reads it again
-                sys.stdout.write(f"{REFUSAL}\n")
+                sys.stdout.write(f"{refused}\n")
                 return
             for text in self._answer():
                 said.append(text)
@@ -118,10 +120,11 @@ class _Conversation:
         sys.stdout.write("\n")
         self._messages.append({"role": "assistant", "content": "".join(said)})
 
-    def _refuses(self) -> bool:
-        """Whether the guard lets nothing be answered. Under `annotate` it says what it found."""
+    def _refusal(self) -> str | None:
+        """What is said instead of an answer where the guard lets none be given. Under `annotate` it says what it
+        found."""
         if self._guard is None:
-            return False
+            return None
         settings = self._service.settings
         judged: Judged = None
         try:
@@ -130,7 +133,7 @@ class _Conversation:
             _log.exception("the guard has failed on a text")
         if settings.guard == "annotate" and judged is not None and judged.unsafe:
             self._console.print(f"[dim]The guard holds this for unsafe ({judged.score:.2f}).[/dim]")
-        return is_refused(settings.guard, settings.guard_on_error, judged)
+        return refusal(judged) if is_refused(settings.guard, settings.guard_on_error, judged) else None
 
     def _answer(self) -> Iterator[str]:
         loaded, options = self._loaded, self._options

@@ -17,7 +17,6 @@ from edgellm.engine.types import Usage as EngineUsage
 from serving.chat_prompt import prepare_chat
 from serving.generation import Generation, Piece
 from serving.guard_turns import chat_turns, is_short, without_refused
-from serving.guarding import REFUSAL
 from serving.routes.logprobs import chat_logprobs
 from serving.screening import Screen, screening
 from serving.service import Leased, Service
@@ -101,7 +100,7 @@ class _ChatRun:
                 screen.begin(turns)
                 self.vocab: Vocab = leased.loaded.vocab
                 generation = await self._admitted(screen, leased)
-                steps = self._refusals() if generation is None else self._generated(generation)
+                steps = self._refusals(screen.refusal) if generation is None else self._generated(generation)
                 async with aclosing(steps):
                     async for piece, events, reason in steps:
                         if reason is not None and self.x_guard is None:
@@ -146,11 +145,11 @@ class _ChatRun:
                     reason = "tool_calls"
                 yield piece, events, reason
 
-    async def _refusals(self) -> _Steps:
+    async def _refusals(self, text: str) -> _Steps:
         """What is said instead."""
         self.usages.append(EngineUsage(len(self.job.request.prompt), 0))
         for index in range(self.request.n):
-            yield Piece(0, index, REFUSAL), [ContentDelta(REFUSAL)], "content_filter"
+            yield Piece(0, index, text), [ContentDelta(text)], "content_filter"
 
     def _in_time(self) -> AbstractAsyncContextManager[None]:
         return self.service.in_time(self.request.timeout, self.arrived_s)

@@ -18,7 +18,6 @@ from edgellm.errors import RequestError
 from serving.chat_prompt import build_request
 from serving.generation import Generation, Piece, token_budget
 from serving.guard_turns import prompt_turns
-from serving.guarding import REFUSAL
 from serving.routes.logprobs import CompletionLogprobsBuilder
 from serving.screening import Screen, screening
 from serving.service import Leased, Service
@@ -111,7 +110,7 @@ class _CompletionRun:
                 async with self._in_time():
                     requests = await self._requests(leased)
                 with closing(await self._admitted(screens, leased, requests)) as generation:
-                    for piece in self._refusals():
+                    for piece in self._refusals(screens):
                         await self._note(screens[piece.number], piece)
                         yield piece
                     async with aclosing(generation.pieces()) as pieces:
@@ -142,11 +141,13 @@ class _CompletionRun:
             raise
         return generation
 
-    def _refusals(self) -> Iterator[Piece]:
+    def _refusals(self, screens: list[Screen]) -> Iterator[Piece]:
         """What is said instead."""
         for number, prompt_tokens in self.refused.items():
             for index in range(self._drawn):
-                yield Piece(number, index, REFUSAL, (), FinishReason.STOP, EngineUsage(prompt_tokens, 0))
+                yield Piece(
+                    number, index, screens[number].refusal, (), FinishReason.STOP, EngineUsage(prompt_tokens, 0)
+                )
 
     async def _note(self, screen: Screen, piece: Piece) -> None:
         if piece.usage is not None:

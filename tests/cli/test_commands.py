@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgellm import __version__
-from serving.guarding import REFUSAL
+from serving.refusals import REFUSAL
 from tests.serving.server import run_edgellm, serving
 from tests.support.tiny_gguf import write_tiny_llama
 

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from serving.guarding import REFUSAL
+from serving.refusals import CARING, REFUSAL
 from tests.serving.guarded import BAD, BY_RULES, GOOD, WORD, client_of, said
 from tests.serving.server import Server, run_edgellm, serving
 
@@ -158,6 +158,9 @@ def test_nobody_can_insist(careful):
     refused = [*before, *said("First:"), *said(BAD), {"role": "assistant", "content": f" {REFUSAL}\n"}]
     alone = careful.chat.completions.create(messages=said(again, *before), **ASKED)
     insisting = careful.chat.completions.create(messages=said(again, *refused), **ASKED)
+    assert insisting.usage.prompt_tokens == alone.usage.prompt_tokens
+    caring = [{**each, "content": CARING} if REFUSAL in each["content"] else each for each in refused]
+    insisting = careful.chat.completions.create(messages=said(again, *caring), **ASKED)
     assert insisting.usage.prompt_tokens == alone.usage.prompt_tokens
     # What an answer is to begin with is no refusal that was given.
     begun = careful.chat.completions.create(messages=[*said(BAD), {"role": "assistant", "content": REFUSAL}], **ASKED)
