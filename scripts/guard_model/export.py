@@ -14,7 +14,9 @@ from torch import nn
 
 from guard_model.encoder import Encoder
 
-FILES = ("first.onnx", "rest.onnx", "tokenizer.json")
+NGRAMS = "ngrams.npz"
+FILES = ("first.onnx", "rest.onnx", "tokenizer.json", NGRAMS)
+"""What a classifier consists of, beside its card."""
 
 
 class _First(nn.Module):
@@ -36,8 +38,8 @@ class _Rest(nn.Module):
 
 
 def write_model(encoder: Encoder, tokenizer: Path, folder: Path) -> None:
-    """Writes FILES. Matrices and embeddings become int8, matrices with a scale for each output; activations are
-    quantised as they come (dynamic quantisation)."""
+    """Writes FILES but NGRAMS. Matrices and embeddings become int8, matrices with a scale for each output; activations
+    are quantised as they come (dynamic quantisation)."""
     folder.mkdir(parents=True, exist_ok=True)
     width = encoder.positions.shape[1]
     _export(_First(encoder), torch.ones(2, 16, dtype=torch.long), "ids", ["states", "logits"], folder / "first.onnx")

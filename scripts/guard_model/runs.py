@@ -19,7 +19,7 @@ from guard_model.calibrate import Calibration
 from guard_model.data import WRITTEN, Fold, Prompt
 from guard_model.encoder import Encoder, pretrained
 from guard_model.encoding import OUTPUTS, OVERLAP, WINDOW, Encoding, Window
-from guard_model.export import write_model
+from guard_model.export import NGRAMS, write_model
 from guard_model.scoring import Scored, scored
 from guard_model.splits import Split
 from guard_model.training import Recipe, train
@@ -38,6 +38,7 @@ class Mix:
     wrapped_each: int = 7
     surrounded_each: int = 4000
     long_share: float = 0.25  # of harmless prompts over LONG characters, drawn anew for each epoch
+    foreign_share: float = 0.3  # of what is not in English, for the encoder, whose words are; the n-grams take it all
     near_share: float = 0.05  # of hard negatives: more of them teach that what is unlike the training data is safe
 
 
@@ -47,7 +48,7 @@ def fold_name(fold: Fold | None) -> str:
 
 
 def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, recipe: Recipe, mix: Mix) -> int:
-    """Trains a classifier on what `found` leaves it and writes its n-grams to `ngrams.npz` and its state to
+    """Trains a classifier on what `found` leaves it and writes its n-grams to NGRAMS and its state to
     `state.pt` in `folder`, unless they are there. Returns the seconds that it took, then or now."""
     file, log = folder / "state.pt", folder / "log.json"
     if file.is_file():
@@ -58,9 +59,9 @@ def trained(found: Split, name: str, *, encoder_folder: Path, folder: Path, reci
     torch.manual_seed(recipe.seed)
     encoder: Encoder = pretrained(encoder_folder / "model.safetensors", recipe.layers, recipe.early)
     print(f"{name}: {len(found.train)} prompts, {len(found.templates)} templates", file=sys.stderr)
-    epochs = _epochs(found, encoding, recipe, mix)
-    ngrams.fitted(epochs(0), recipe.seed).write(folder / "ngrams.npz")
-    train(encoder, epochs, recipe)
+    every = _epochs(found, encoding, recipe, mix, foreign_share=1.0)
+    ngrams.fitted(every(0), recipe.seed).write(folder / NGRAMS)
+    train(encoder, _epochs(found, encoding, recipe, mix, foreign_share=mix.foreign_share), recipe)
     torch.save(encoder.state_dict(), file.with_suffix(".part"))
     seconds = round(time.monotonic() - began)
     log.write_text(json.dumps({"seconds": seconds, "prompts": len(found.train)}) + "\n", encoding="utf-8")
@@ -106,11 +107,15 @@ def write_card(folder: Path, found: Calibration, recipe: Recipe, **more: object)
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _epochs(found: Split, encoding: Encoding, recipe: Recipe, mix: Mix) -> Callable[[int], Sequence[Window]]:
+def _epochs(
+    found: Split, encoding: Encoding, recipe: Recipe, mix: Mix, *, foreign_share: float
+) -> Callable[[int], Sequence[Window]]:
     def windows(epoch: int) -> Sequence[Window]:
         seed = 1000 * recipe.seed + epoch
         chance = random.Random(seed)
-        return encoding.training_windows(mixed(found, mix, chance, seed), chance)
+        examples = mixed(found, mix, chance, seed)
+        kept = [each for each in examples if each.lang == "en" or chance.random() < foreign_share]
+        return encoding.training_windows(kept, chance)
 
     return windows
 

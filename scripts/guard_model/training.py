@@ -19,6 +19,7 @@ from guards.categories import CATEGORIES
 
 _WEIGHTS = Weights(early=0.5, late=1.0, ngrams=1.0)
 _FOREIGN_WEIGHTS = Weights(early=0.0, late=0.3, ngrams=3.0)  # the encoder's words are English
+_TOGETHER = 64  # windows that the early head reads at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,15 @@ class Recipe:
 
     layers: int = 6  # of the pretrained ones, the first
     early: int = 1  # of them before the early head
-    frozen: int = 2  # of them, with the embeddings, that stay as they were pretrained
-    probe_rate: float = 1e-3
-    probe_epochs: float = 0.15  # of the head alone, before: what was pretrained is bent less (Kumar et al. 2022)
+    frozen: int = 2  # of them, with the embeddings, that stay as they were pretrained: `early` or more
+    probe_rate: float = 1e-3  # of a head alone
+    early_epochs: float = 1.5  # of the early head
+    probe_epochs: float = 0.15  # of the late head, before: what was pretrained is bent less (Kumar et al. 2022)
     rate: float = 1e-4  # of what was pretrained
     head_rate: float = 5e-4
-    epochs: float = 1.2
+    epochs: float = 1.6
+    doubtful: float = 0.5  # share of harmless windows, those the early head is least sure of, that go on to the rest
+    certain: float = 0.2  # share of the others that do: the rest seldom sees such windows in use
     batch_tokens: int = 1536
     warmup: float = 0.06  # share of all steps
     decay: float = 0.01
@@ -76,24 +80,54 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def train(encoder: Encoder, epoch_windows: Callable[[int], Sequence[Window]], recipe: Recipe) -> None:
-    """Trains in place: the heads, then layers too. `epoch_windows`: the windows of an epoch, drawn anew for each."""
+    """Trains in place: the early head; then, on what this is not sure to be harmless, the late head, and with it the
+    layers that are not frozen. `epoch_windows`: the windows of an epoch, drawn anew for each. Raises ValueError where
+    layers under the early head would be trained after it."""
+    if recipe.frozen < recipe.early:
+        raise ValueError(f"{recipe.frozen} layers are frozen, and the early head stands on {recipe.early}")
     torch.manual_seed(recipe.seed)
-    head = [parameter for name, parameter in encoder.named_parameters() if "head." in name]
-    body = [parameter for layer in encoder.layers[recipe.frozen :] for parameter in layer.parameters()]
-    if not recipe.frozen:
-        body += [*encoder.words.parameters(), encoder.positions, *encoder.norm.parameters()]
     encoder.requires_grad_(False)
-    for parameter in head:
-        parameter.requires_grad = True
-    _train(encoder, _plan(epoch_windows, recipe.probe_epochs, recipe), [(head, recipe.probe_rate)], recipe)
-    for parameter in body:
-        parameter.requires_grad = True
-    plan = _plan(epoch_windows, recipe.epochs, recipe)
-    _train(encoder, plan, [(head, recipe.head_rate), (body, recipe.rate)], recipe)
+
+    def early(ids: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        return encoder.first(ids, seen)[1]
+
+    def late(ids: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        return encoder(ids, seen)[1]
+
+    def doubtful(epoch: int) -> Sequence[Window]:
+        return doubted(encoder, epoch_windows(epoch), recipe, random.Random(1000 * recipe.seed + epoch))
+
+    early_head, head = (list(part.requires_grad_(True).parameters()) for part in (encoder.early_head, encoder.head))
+    _train(encoder, early, _plan(epoch_windows, recipe.early_epochs, recipe), [(early_head, recipe.probe_rate)], recipe)
+    encoder.early_head.requires_grad_(False)
+    _train(encoder, late, _plan(doubtful, recipe.probe_epochs, recipe), [(head, recipe.probe_rate)], recipe)
+    layers = encoder.layers[recipe.frozen :].requires_grad_(True)
+    rates = [(head, recipe.head_rate), (list(layers.parameters()), recipe.rate)]
+    _train(encoder, late, _plan(doubtful, recipe.epochs, recipe), rates, recipe)
+
+
+def doubted(encoder: Encoder, windows: Sequence[Window], recipe: Recipe, chance: random.Random) -> list[Window]:
+    """What the layers after the early head are trained on: of the harmless windows, those that this head is least sure
+    of, and some of the others; and all that are harmful or jailbreaks."""
+    plain = [window for window in windows if not window.labels[0] and not window.labels[1]]
+    plain.sort(key=lambda window: len(window.ids))
+    logits: list[float] = []
+    encoder.eval()
+    with torch.inference_mode():
+        for begin in range(0, len(plain), _TOGETHER):
+            ids, seen = padded([window.ids for window in plain[begin : begin + _TOGETHER]])
+            logits += encoder.first(ids, seen)[1][:, 0].tolist()
+    limit = sorted(logits)[int((1 - recipe.doubtful) * len(logits))] if recipe.doubtful else math.inf
+    kept = [window for window in windows if window.labels[0] or window.labels[1]]
+    for window, logit in zip(plain, logits, strict=True):
+        if logit >= limit or chance.random() < recipe.certain:
+            kept.append(window)
+    return kept
 
 
 def _train(
     encoder: Encoder,
+    logits: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
     plan: Sequence[Sequence[Window]],
     rates: Sequence[tuple[Sequence[nn.Parameter], float]],
     recipe: Recipe,
@@ -111,9 +145,8 @@ def _train(
         ids, seen = padded([window.ids for window in batch])
         labels = torch.tensor([window.labels for window in batch])
         known = torch.tensor([window.known for window in batch])
-        loss = sum(
-            nn.functional.binary_cross_entropy_with_logits(logits, labels, known * weights, reduction="sum")
-            for logits in encoder(ids, seen)
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            logits(ids, seen), labels, known * weights, reduction="sum"
         ) / len(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)

@@ -23,7 +23,7 @@ from guard_model.augment import Example, plain, surrounded, wrapped  # noqa: E40
 from guard_model.data import Prompt, Template  # noqa: E402
 from guard_model.encoder import HEADS, SPAN, Encoder, pretrained  # noqa: E402
 from guard_model.encoding import OUTPUTS, WINDOW, Encoding  # noqa: E402
-from guard_model.training import Recipe, batches, padded, train  # noqa: E402
+from guard_model.training import Recipe, batches, doubted, padded, train  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from guards.card import Scale  # noqa: E402
@@ -202,7 +202,7 @@ def test_labels_and_what_is_known_of_them(folder: Path) -> None:
     assert [window.known[weapons] for window in windows] == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [1, 2])
 def test_training_learns(folder: Path, frozen: int) -> None:
     chance = random.Random(0)
     encoding = Encoding(folder / "tokenizer.json")
@@ -215,8 +215,9 @@ def test_training_learns(folder: Path, frozen: int) -> None:
     encoder = _encoder(folder, 3)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     recipe = Recipe(
-        layers=3, early=1, frozen=frozen, epochs=6, probe_epochs=2, rate=2e-3, head_rate=5e-3, batch_tokens=256
-    )
+        layers=3, early=1, frozen=frozen, early_epochs=8, epochs=8, probe_epochs=2,
+        probe_rate=5e-3, rate=2e-3, head_rate=5e-3, batch_tokens=256, doubtful=0.5, certain=0.5,
+    )  # fmt: skip
     examples = [plain(prompt) for prompt in prompts]
     train(encoder, lambda _: encoding.training_windows(examples, chance), recipe)
     logits = _scores(encoder, [encoding.framed(ids) for ids in encoding.ids([prompt.text for prompt in prompts])])
@@ -226,9 +227,32 @@ def test_training_learns(folder: Path, frozen: int) -> None:
     tuned = encoder.state_dict()
     body = [name for name in before if "head." not in name]
     still = [name for name in body if torch.equal(tuned[name], before[name])]
-    below = [name for name in body if name.startswith("layers.0.") or not name.startswith("layers.")]
-    assert still == (below if frozen else [])
+    trained = tuple(f"layers.{layer}." for layer in range(frozen, 3))
+    assert still == [name for name in body if not name.startswith(trained)]
     assert not any(torch.equal(tuned[name], before[name]) for name in ("head.0.weight", "early_head.0.weight"))
+
+
+def test_layers_under_the_early_head_stay_as_they_are(folder: Path) -> None:
+    with pytest.raises(ValueError, match="early head stands on 2"):
+        train(_encoder(folder, 3, early=2), lambda _: [], Recipe(layers=3, early=2, frozen=1))
+
+
+@pytest.mark.parametrize(("doubtful", "certain", "kept"), [(0.25, 0.0, 25), (0.0, 0.0, 0), (0.0, 1.0, 100)])
+def test_what_the_late_layers_are_trained_on(folder: Path, doubtful: float, certain: float, kept: int) -> None:
+    encoder, encoding = _encoder(folder, 3), Encoding(folder / "tokenizer.json")
+    chance = random.Random(0)
+    words = [" ".join(chance.choices(WORDS[4:64], k=chance.randrange(3, 40))) for _ in range(100)]
+    harmless = [plain(Prompt(text, False, "benign", "s", "en", text)) for text in words]
+    template = Template("w1 {prompt} w2", "t", "1")
+    others = [plain(BAD), wrapped(BAD, template), wrapped(replace(LONG, text="bread"), template)]
+    windows = encoding.training_windows([*others, *harmless], chance)
+    recipe = Recipe(doubtful=doubtful, certain=certain)
+    found = doubted(encoder, windows, recipe, random.Random(1))
+    assert len(found) == 3 + kept
+    assert [window in found for window in windows[:3]] == [True] * 3  # what is harmful or a jailbreak stays
+    early, _ = _scores(encoder, [window.ids for window in windows[3:]])
+    surest = sorted(early[:, 0])[-kept:] if kept else []
+    assert kept == 100 or sorted(float(early[windows[3:].index(w), 0]) for w in found[3:]) == pytest.approx(surest)
 
 
 def _row(fold: str, kind: str, log_odds: float, *, unsafe: bool = False, foreign: bool = False) -> scoring.Scored:
