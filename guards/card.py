@@ -48,6 +48,20 @@ class Passing:
     sentence: float
 
 
+@dataclass(frozen=True, slots=True)
+class Handicaps:
+    """Taken off the logit of `unsafe`, for the score of a text is that of its worst window, and one of many is more
+    likely to be bad by chance."""
+
+    sentence: float  # off that of sentences by themselves
+    doubling: float  # for each time that the windows of a text are twice as many as one; ln 2 keeps the prior of a text
+    doublings: int  # at most: else padding would hide a request
+
+    def of(self, windows: int) -> float:
+        """Off that of each of so many windows of a text."""
+        return self.doubling * min(self.doublings, max(0, windows - 1).bit_length())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """Read from `card.json`; everything else in that file is for people."""
@@ -61,7 +75,7 @@ class Card:
     weights: Weights
     foreign_weights: Weights  # in windows that are not English
     passing: Passing
-    sentence_handicap: float  # taken off the logit of `unsafe` of sentences by themselves: a text has many
+    handicaps: Handicaps
     window_tokens: int  # the first and last token, [CLS] and [SEP], included
     overlap_tokens: int
 
@@ -89,7 +103,11 @@ def read_card(file: Path) -> Card:
             weights=Weights(**_floats(data["weights"])),
             foreign_weights=Weights(**_floats(data["foreign_weights"])),
             passing=Passing(**_floats(data["passing"])),
-            sentence_handicap=float(data["sentence_handicap"]),
+            handicaps=Handicaps(
+                float(data["handicaps"]["sentence"]),
+                float(data["handicaps"]["doubling"]),
+                int(data["handicaps"]["doublings"]),
+            ),
             window_tokens=int(data["window_tokens"]),
             overlap_tokens=int(data["overlap_tokens"]),
         )

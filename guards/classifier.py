@@ -42,6 +42,7 @@ class Window:
     ids: tuple[int, ...]  # with [CLS] and [SEP]
     foreign: bool = False  # mostly of pieces of words that the vocabulary lacks: not English, most likely
     sentence: bool = False  # by itself, beside the window that it stands in
+    handicap: float = 0.0  # off its logit of `unsafe`, for those that it stands beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,10 @@ class Classifier:
         if not ids:
             return
         size = self.card.window_tokens - 2
-        for begin, end in windows(len(ids), size=size, overlap=self.card.overlap_tokens):
-            yield self._window(text, ids, offsets, begin, end)
+        spans = list(windows(len(ids), size=size, overlap=self.card.overlap_tokens))
+        handicap = self.card.handicaps.of(len(spans))
+        for begin, end in spans:
+            yield self._window(text, ids, offsets, begin, end, handicap)
         places = sentences(text)
         if len(places) == 1:
             return
@@ -137,7 +140,7 @@ class Classifier:
             for place in places[first : first + _SENTENCES]:
                 begin, end = (bisect.bisect_left(starts, character) for character in place)
                 if _SHORTEST <= end - begin <= size:
-                    found.append(self._window(text, ids, offsets, begin, end, sentence=True))
+                    found.append(self._window(text, ids, offsets, begin, end, handicap, sentence=True))
             logits = self._ngram_logits([window.text for window in found])
             yield from (
                 window for window, logit in zip(found, logits, strict=True) if logit > self.card.passing.sentence
@@ -152,11 +155,15 @@ class Classifier:
         offsets: Sequence[tuple[int, int]],
         begin: int,
         end: int,
+        handicap: float,
         *,
         sentence: bool = False,
     ) -> Window:
         shown = text[offsets[begin][0] : offsets[end - 1][1]]
-        return Window(shown, (self._begin, *ids[begin:end], self._end), self._is_foreign(ids[begin:end]), sentence)
+        if sentence:
+            handicap += self.card.handicaps.sentence
+        framed = (self._begin, *ids[begin:end], self._end)
+        return Window(shown, framed, self._is_foreign(ids[begin:end]), sentence, handicap)
 
     def logits(self, found: Sequence[Window]) -> Iterator[tuple[Sequence[Window], list[Logits]]]:
         """Windows of one text, a few at a time, each time with their logits."""
@@ -176,7 +183,7 @@ class Classifier:
         weights = [self.card.foreign_weights if window.foreign else self.card.weights for window in batch]
         of_early, of_late, of_ngrams = np.array([(each.early, each.late, each.ngrams) for each in weights]).T
         ngrams = of_ngrams * self._ngram_logits([window.text for window in batch])
-        ngrams -= [self.card.sentence_handicap if window.sentence else 0.0 for window in batch]
+        ngrams -= [window.handicap for window in batch]
         unsafe = early[:, 0].copy()
         early[:, 0] = (of_early + of_late) * unsafe + ngrams  # as if all layers said the same
         limits = self.card.passing

@@ -99,7 +99,7 @@ def write_card(folder: Path, found: Calibration, recipe: Recipe, **more: object)
             "jailbreak": -math.inf if found.passing == -math.inf else 0.0,
             "sentence": recipe.sentence_passing,
         },
-        "sentence_handicap": recipe.sentence_handicap,
+        "handicaps": asdict(recipe.handicaps),
         "window_tokens": WINDOW,
         "overlap_tokens": OVERLAP,
         **more,

@@ -58,7 +58,8 @@ def test_files_that_are_missing_or_unsound(folder: Path, name: str, content: byt
         {"foreign_weights": None},
         {"passing": {"unsafe": 0.0, "jailbreak": 0.0}},
         {"foreign": 1.0},
-        {"sentence_handicap": None},
+        {"handicaps": {"sentence": 1.0, "doubling": 0.5}},
+        {"handicaps": {"sentence": 1.0, "doubling": 0.5, "doublings": None}},
     ],
 )
 def test_cards_that_do_not_fit(folder: Path, changes: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from guards.card import Passing
+from guards.card import Handicaps, Passing
 from guards.classifier import Classifier, Window
 from guards.guard import MODEL
 
@@ -90,18 +90,35 @@ def test_sentences_that_may_matter_are_windows_by_themselves(classifier: Classif
     assert [window.text for window in windows(classifier, REQUEST)] == [REQUEST]
     found = windows(classifier, f"{FILLER} {REQUEST} {FILLER}")
     assert [window.text for window in found] == [f"{FILLER} {REQUEST} {FILLER}", REQUEST]
-    assert found[1] == replace(windows(classifier, REQUEST)[0], sentence=True)
+    handicap = classifier.card.handicaps.sentence
+    assert found[1] == replace(windows(classifier, REQUEST)[0], sentence=True, handicap=handicap)
     batches = [batch for batch, _ in classifier.logits(found)]
     assert [list(batch) for batch in batches] == [[window] for window in found]
 
 
-def test_sentences_by_themselves_need_more(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "card", replace(classifier.card, sentence_handicap=1.5))
+def test_windows_of_many_need_more(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "card", replace(classifier.card, handicaps=Handicaps(1.5, 0.7, 3)))
     (alone,) = windows(classifier, REQUEST)
+    assert (alone.handicap, alone.sentence) == (0.0, False)
     ((_, (logits,)),) = classifier.logits([alone])
-    ((_, (handicapped,)),) = classifier.logits([replace(alone, sentence=True)])
+    ((_, (handicapped,)),) = classifier.logits([replace(alone, handicap=2.0)])
     for found, taken in ((handicapped.early, logits.early), (handicapped.last, logits.last)):
-        np.testing.assert_allclose(taken - found, [1.5] + [0.0] * (len(found) - 1), atol=1e-4)
+        np.testing.assert_allclose(taken - found, [2.0] + [0.0] * (len(found) - 1), atol=1e-4)
+    handicaps = set()
+    for fillers in (1, 5, 11, 20, 200):  # beside the request; the last two as long as it gets
+        found = windows(classifier, f"{FILLER} " * fillers + REQUEST)
+        (whole,) = {window.handicap for window in found if not window.sentence}
+        assert whole == classifier.card.handicaps.of(sum(not window.sentence for window in found))
+        assert {window.handicap for window in found if window.sentence} == {whole + 1.5}
+        handicaps.add(round(whole, 6))
+    assert handicaps == {0.0, 0.7, 1.4, 2.1}
+
+
+@pytest.mark.parametrize(
+    ("count", "doublings"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 3), (1000, 3)]
+)
+def test_handicaps_by_the_number_of_windows(count: int, doublings: int) -> None:
+    assert Handicaps(9.0, 0.5, 3).of(count) == 0.5 * doublings
 
 
 def test_the_ngrams_of_a_text_are_looked_up_once(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import guards.guard
 from guards import Guard, Rules, Turn
-from guards.card import Card, Passing, Scale, Weights, sigmoid
+from guards.card import Card, Handicaps, Passing, Scale, Weights, sigmoid
 from guards.classifier import Logits, Window
 from guards.windows import windows
 
@@ -34,7 +34,7 @@ class FixedClassifier:
             weights=weights,
             foreign_weights=weights,
             passing=Passing(0.0, 0.0, 0.0),
-            sentence_handicap=0.0,
+            handicaps=Handicaps(0.0, 0.0, 0),
             window_tokens=6,
             overlap_tokens=2,
         )
