@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from guard_model.data import WRITTEN
 from guard_model.scoring import Scored, log_odds
 from guards.card import Scale, sigmoid
 from guards.categories import CATEGORIES
@@ -33,14 +34,16 @@ class Calibration:
     passing: float
 
 
-def calibrated(rows: Sequence[Scored]) -> Calibration:
-    """By rows in which `foreign` changes nothing and of which none has passed."""
+def calibrated(rows: Sequence[Scored], inside: Sequence[Scored] = ()) -> Calibration:
+    """By rows in which `foreign` changes nothing and of which none has passed. `inside`: of sources trained on, for
+    `foreign_scale` alone."""
     first = _unsafe_scale(rows)
     limit = passing(rows, first.log_odds, thresholds(rows, first)["strict"])
     rows = passed(rows, limit)
     found = scales(rows)
     limits = thresholds(rows, found["unsafe"])
-    return Calibration(found, limits, foreign_scale(rows, found["unsafe"], limits), limit)
+    foreign = foreign_scale([*rows, *passed(inside, limit)], found["unsafe"], limits)
+    return Calibration(found, limits, foreign, limit)
 
 
 def as_guarded(rows: Sequence[Scored], found: Calibration) -> list[Scored]:
@@ -96,18 +99,37 @@ def thresholds(rows: Sequence[Scored], scale: Scale) -> dict[str, float]:
 
 
 def foreign_scale(rows: Sequence[Scored], scale: Scale, limits: dict[str, float]) -> Scale:
-    """What makes each level hold as many harmless prompts in other languages for unsafe as in English: the scaled
-    log-odds that so many of them are over become those of the level."""
-    benign = [scale.log_odds(row.log_odds) for row in rows if row.set == "benign" and row.foreign]
+    """What makes each level hold no more harmless prompts in other languages for unsafe than in English, neither of
+    those of the sources left out, which are long, nor of the written ones: the scaled log-odds that so many of them are
+    over become those of the level."""
+
+    def harmless(name: str, *, foreign: bool) -> list[float]:
+        return [scale.log_odds(row.log_odds) for row in rows if _kind(row) == name and row.foreign == foreign]
+
+    benign = harmless("benign", foreign=True)
     if not benign:
         return Scale()
-    (strict, theirs_strict), (balanced, theirs) = (
-        (log_odds(limits[level]), threshold_at(benign, LEVEL_RATES[level])) for level in ("strict", "balanced")
-    )
+
+    def over_which(level: str, limit: float) -> float:
+        found = threshold_at(benign, LEVEL_RATES[level])
+        written, english = harmless("written", foreign=True), harmless("written", foreign=False)
+        if not written or not english:
+            return found
+        return max(found, threshold_at(written, sum(value > limit for value in english) / len(english)))
+
+    strict, balanced = (log_odds(limits[level]) for level in ("strict", "balanced"))
+    theirs_strict, theirs = over_which("strict", strict), over_which("balanced", balanced)
     if theirs - theirs_strict < _APART:
         return Scale(1.0, min(0.0, balanced - theirs))
     slope = (balanced - strict) / (theirs - theirs_strict)
     return Scale(slope, balanced - slope * theirs)
+
+
+def _kind(row: Scored) -> str | None:
+    """Of harmless rows: `benign`, of sources left out, or `written`, for this guard, and not trained on."""
+    if row.set == "benign":
+        return "benign"
+    return "written" if row.set == "in_distribution" and row.source == WRITTEN and not row.unsafe else None
 
 
 def foreign_scaled(rows: Sequence[Scored], scale: Scale, foreign: Scale) -> list[Scored]:
