@@ -31,10 +31,9 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Of the logits that are added up to the one of `unsafe`: of the first layers, of all layers, of the n-grams."""
+    """Of the logits that are added up to the one of `unsafe`: of the network, of the n-grams."""
 
-    early: float
-    late: float
+    network: float  # all layers; the first ones alone where they were enough
     ngrams: float
 
 
@@ -54,7 +53,7 @@ class Handicaps:
     likely to be bad by chance."""
 
     sentence: float  # off that of sentences by themselves
-    doubling: float  # for each time that the windows of a text are twice as many as one; ln 2 keeps the prior of a text
+    doubling: float  # for every doubling of a text's windows; ln 2 leaves the text's own prior as it is
     doublings: int  # at most: else padding would hide a request
 
     def of(self, windows: int) -> float:

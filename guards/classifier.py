@@ -127,7 +127,7 @@ class Classifier:
         if not ids:
             return
         size = self.card.window_tokens - 2
-        spans = list(windows(len(ids), size=size, overlap=self.card.overlap_tokens))
+        spans = windows(len(ids), size=size, overlap=self.card.overlap_tokens)
         handicap = self.card.handicaps.of(len(spans))
         for begin, end in spans:
             yield self._window(text, ids, offsets, begin, end, handicap)
@@ -181,17 +181,16 @@ class Classifier:
         ids = np.array([window.ids for window in batch], dtype=np.int64)
         states, early = self._first.run(None, {"ids": ids})
         weights = [self.card.foreign_weights if window.foreign else self.card.weights for window in batch]
-        of_early, of_late, of_ngrams = np.array([(each.early, each.late, each.ngrams) for each in weights]).T
+        of_network, of_ngrams = np.array([(each.network, each.ngrams) for each in weights]).T
         ngrams = of_ngrams * self._ngram_logits([window.text for window in batch])
         ngrams -= [window.handicap for window in batch]
-        unsafe = early[:, 0].copy()
-        early[:, 0] = (of_early + of_late) * unsafe + ngrams  # as if all layers said the same
+        early[:, 0] = of_network * early[:, 0] + ngrams  # as if all layers said the same
         limits = self.card.passing
         doubtful = np.flatnonzero((early[:, 0] >= limits.unsafe) | (early[:, 1] >= limits.jailbreak))
         late: dict[int, Outputs] = {}
         if len(doubtful):
             (rows,) = self._rest.run(None, {"states": states[doubtful]})
-            rows[:, 0] = (of_early * unsafe + ngrams)[doubtful] + of_late[doubtful] * rows[:, 0]
+            rows[:, 0] = of_network[doubtful] * rows[:, 0] + ngrams[doubtful]
             late = dict(zip(doubtful.tolist(), rows, strict=True))
         return [Logits(row, late.get(index)) for index, row in enumerate(early)]
 

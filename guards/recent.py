@@ -20,9 +20,6 @@ class Recent(Generic[Key, Value]):
         self._most = most
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     def get(self, key: Key) -> Value | None:
         """The value, which counts as asked for; None where it is not known."""
         value = self._values.get(key)

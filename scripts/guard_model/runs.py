@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -110,6 +111,7 @@ def write_card(folder: Path, found: Calibration, recipe: Recipe, **more: object)
 def _epochs(
     found: Split, encoding: Encoding, recipe: Recipe, mix: Mix, *, foreign_share: float
 ) -> Callable[[int], Sequence[Window]]:
+    @functools.lru_cache(maxsize=2)  # heads and layers are trained on the same epochs, one after the other
     def windows(epoch: int) -> Sequence[Window]:
         seed = 1000 * recipe.seed + epoch
         chance = random.Random(seed)

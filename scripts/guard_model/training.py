@@ -17,8 +17,8 @@ from guard_model.encoding import Window
 from guards.card import Handicaps, Weights
 from guards.categories import CATEGORIES
 
-_WEIGHTS = Weights(early=0.0, late=1.0, ngrams=0.6)  # the early head only lets pass: added up, it helped nothing
-_FOREIGN_WEIGHTS = Weights(early=0.0, late=0.3, ngrams=3.0)  # the encoder's words are English
+_WEIGHTS = Weights(network=1.0, ngrams=0.6)
+_FOREIGN_WEIGHTS = Weights(network=0.3, ngrams=3.0)  # the encoder's words are English
 _HANDICAPS = Handicaps(sentence=2.5, doubling=0.7, doublings=3)
 _TOGETHER = 64  # windows that the early head reads at once
 
@@ -118,7 +118,7 @@ def doubted(encoder: Encoder, windows: Sequence[Window], recipe: Recipe, chance:
         for begin in range(0, len(plain), _TOGETHER):
             ids, seen = padded([window.ids for window in plain[begin : begin + _TOGETHER]])
             logits += encoder.first(ids, seen)[1][:, 0].tolist()
-    limit = sorted(logits)[int((1 - recipe.doubtful) * len(logits))] if recipe.doubtful else math.inf
+    limit = sorted(logits)[int((1 - recipe.doubtful) * len(logits))] if logits and recipe.doubtful else math.inf
     kept = [window for window in windows if window.labels[0] or window.labels[1]]
     for window, logit in zip(plain, logits, strict=True):
         if logit >= limit or chance.random() < recipe.certain:

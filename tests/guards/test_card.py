@@ -54,7 +54,7 @@ def test_files_that_are_missing_or_unsound(folder: Path, name: str, content: byt
         {"scales": {}},
         {"thresholds": {"strict": 0.5}},
         {"window_tokens": "many"},
-        {"weights": {"early": 1.0}},
+        {"weights": {"network": 1.0}},
         {"foreign_weights": None},
         {"passing": {"unsafe": 0.0, "jailbreak": 0.0}},
         {"foreign": 1.0},

@@ -23,7 +23,7 @@ class FixedClassifier:
     def __init__(self, folder: Path) -> None:
         scales = {name: Scale() for name in OUTPUTS}
         levels = {"strict": 0.3, "balanced": 0.7}
-        weights = Weights(0.0, 1.0, 0.0)
+        weights = Weights(1.0, 0.0)
         self.card = Card(
             version="test",
             outputs=OUTPUTS,

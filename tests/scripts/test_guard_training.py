@@ -20,7 +20,7 @@ pytest.importorskip("safetensors")
 
 from guard_model import scoring  # noqa: E402
 from guard_model.augment import Example, plain, surrounded, wrapped  # noqa: E402
-from guard_model.data import Prompt, Template  # noqa: E402
+from guard_model.data import WRITTEN, Prompt, Template  # noqa: E402
 from guard_model.encoder import HEADS, SPAN, Encoder, pretrained  # noqa: E402
 from guard_model.encoding import OUTPUTS, WINDOW, Encoding  # noqa: E402
 from guard_model.training import Recipe, batches, doubted, padded, train  # noqa: E402
@@ -298,6 +298,27 @@ def test_calibration() -> None:
     alike = [replace(row, log_odds=3.0) if row.foreign else row for row in rows]
     assert calibrate.foreign_scale(alike, scale, limits).slope == 1.0
     assert calibrate.foreign_scale([row for row in rows if not row.foreign], scale, limits) == Scale()
+    # Written prompts in other languages, which score higher still, are no more often over a level than in English.
+    ours = {"set": "in_distribution", "source": WRITTEN}
+    spread = [
+        replace(_row("all", "benign", float(value), foreign=foreign), **ours)
+        for foreign, mean in ((False, -1.0), (True, 6.0))
+        for value in np.random.default_rng(1).normal(mean, 1, 2000)
+    ]
+    stricter = calibrate.foreign_scale([*rows, *spread], scale, limits)
+    for level, limit in limits.items():
+        mended = calibrate.foreign_scaled([*rows, *spread], scale, stricter)
+        shares = [
+            np.mean([scale.probability(row.log_odds) > limit for row in mended if row.foreign == foreign and kind(row)])
+            for foreign in (False, True)
+            for kind in (lambda row: row.source == WRITTEN, lambda row: row.set == "benign")
+        ]
+        english, _, others, left_out = shares
+        assert others == pytest.approx(english, abs=0.002)
+        assert left_out < calibrate.LEVEL_RATES[level]  # of sources left out the fewer
+    harmful = [replace(row, unsafe=True) for row in spread]
+    assert calibrate.foreign_scale([*rows, *harmful], scale, limits) == foreign
+    mended = calibrate.foreign_scaled(rows, scale, foreign)
     report = calibrate.report(mended, scale, limits)
     assert report["calibration_error"] < 0.02
     one_fold = [row for row in mended if row.fold == "a"]

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import openai
 import pytest
 
 from guards import Turn, Verdict
-from serving.guarding import REFUSAL
+from serving.refusals import CARING, REFUSAL
 from serving.routes import chat
 from serving.screening import Screen
 from serving.service import Service
@@ -209,3 +210,19 @@ def test_prompts_of_token_ids_are_read_as_text(tiny_model: Path) -> None:
         True
     ] * 2
     assert (one.text, one.finish_reason) == (REFUSAL, "content_filter")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_may_be_in_need_is_told_where_help_is(tiny_model: Path, stream: bool) -> None:
+    def judging(turns: Sequence[Turn]) -> Generator[None, None, Verdict]:
+        yield
+        return replace(UNSAFE, categories={"self_harm": 0.5 * UNSAFE.score})
+
+    with serving_here(tiny_model, judging) as (_, url), client_of(url) as client:
+        if stream:
+            chunks = client.chat.completions.create(model="tiny", messages=said(BAD), stream=True)
+            texts = ["".join(chunk.choices[0].delta.content or "" for chunk in chunks)]
+        else:
+            texts = [client.chat.completions.create(model="tiny", messages=said(BAD)).choices[0].message.content]
+        texts += [choice.text for choice in client.completions.create(model="tiny", prompt=[BAD, GOOD]).choices]
+        assert texts == [CARING] * 3
